@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GGUF Kit for ComfyUI: the host imports this file and reads the two mappings.
+
+Outside a host (tests, tools) this file is not imported as a package, and nothing happens.
+"""
+
+if __package__:
+    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+
+    __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
