@@ -189,11 +189,17 @@ class QuantizedLayer(PatchableWeight):
     def set_weight(
         self, weight: torch.Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False, **kwargs: Any
     ) -> torch.Tensor | None:
-        """Put a patched float weight in place of the quantized one, or only return it in the model's dtype."""
-        weight = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed or 0)
+        """Put a patched float weight in place of the loaded one, or only return it.
+
+        It is rounded to the wider of the loaded and the model's dtype: a BF16 tensor in a float32 model loses nothing.
+        """
+        dtypes = (self.weight.dtype, self.weight_comfy_model_dtype or self.weight.dtype)
+        weight = comfy.float.stochastic_rounding(weight, max(dtypes, key=lambda d: d.itemsize), seed=seed or 0)
         if return_weight:
             return weight
-        self._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
+        # After an update "in place" the host keeps its tensor, and later writes other values into the parameter.
+        own = weight.clone() if inplace_update else weight
+        self._parameters["weight"] = torch.nn.Parameter(own, requires_grad=False)
         return None
 
     def merged_weight(self, patches: list[Any], key: str, device: Any = None) -> torch.Tensor:

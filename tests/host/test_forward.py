@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GGUF Flux in a real ComfyUI computes exactly what its dequantized weights compute."""
+
+import math
+
+import comfy.model_management
+import comfy.sample
+import pytest
+import tiny
+import torch
+from gguf_kit.gguf_file import GGUFFile
+from gguf_kit.host.compat import is_quantized, quantized_modules
+from gguf_kit.loader import PLAIN_DTYPES
+
+
+@pytest.mark.parametrize("type_name", tiny.TYPES)
+def test_apply_model_equals_the_dequantized_model(tiny_flux, type_name, inference_mode):
+    path = tiny_flux(type_name)
+    assert torch.equal(tiny.run(tiny.quantized_model(path)), tiny.run(tiny.float_model(path)))
+
+
+def test_a_model_loaded_outside_inference_mode_runs_inside_it(tiny_flux):
+    path = tiny_flux("Q4_K_S")
+    quantized, dense = tiny.quantized_model(path), tiny.float_model(path)
+    with torch.inference_mode():
+        inside = tiny.run(quantized)
+    assert torch.equal(inside, tiny.run(dense))
+    assert torch.equal(tiny.run(quantized), inside)
+
+
+def test_a_whole_sampling_run_equals_the_dequantized_model(tiny_flux):
+    path = tiny_flux("Q4_K_S")
+    x, _, context, y = tiny.inputs(1)
+    conditioning = [[context, {"pooled_output": y}]]
+
+    def sample(patcher):
+        latent = torch.zeros_like(x)
+        return comfy.sample.sample(
+            patcher, x, 2, 1.0, "euler", "simple", conditioning, conditioning, latent, disable_pbar=True, seed=1
+        )
+
+    with torch.inference_mode():
+        assert torch.equal(sample(tiny.quantized_model(path)), sample(tiny.float_model(path)))
+
+
+def test_every_block_matrix_stays_quantized_in_memory(tiny_flux):
+    model = tiny.quantized_model(tiny_flux("Q4_K_S")).model
+    quantized = {name for name, _ in quantized_modules(model)}
+    blocks = {
+        name
+        for name, module in model.named_modules()
+        if "_blocks." in name and isinstance(module, torch.nn.Linear)
+    }
+    assert len(blocks) == 32
+    assert quantized == blocks
+
+
+def test_the_host_counts_the_bytes_of_the_file(tiny_flux):
+    path = tiny_flux("Q4_K_S")
+    patcher = tiny.quantized_model(path)
+    file = GGUFFile(path)
+    in_blocks = sum(t.n_bytes for t in file.tensors.values() if t.qtype not in PLAIN_DTYPES)
+    others = [p for p in (*patcher.model.parameters(), *patcher.model.buffers()) if not is_quantized(p)]
+    assert patcher.model_size() == in_blocks + sum(p.numel() * p.element_size() for p in others)
+    assert patcher.model_size() < 1.01 * sum(t.n_bytes for t in file.tensors.values())
+    assert sum(p.numel() for p in patcher.model.parameters()) == 9_074_752
+
+
+def test_the_reserve_covers_the_largest_dequantized_weight_twice(tiny_flux):
+    quantized, dense = tiny.quantized_model(tiny_flux("Q2_K")), tiny.float_model(tiny_flux("Q2_K"))
+    largest = max(math.prod(p.shape) for p in dense.model.parameters())
+    shape = [2, 16, 16, 16]
+    assert quantized.model.memory_required(shape) - dense.model.memory_required(shape) == 2 * 4 * largest
+
+
+def test_two_loaded_models_keep_their_own_options(tiny_flux):
+    path = tiny_flux("Q4_K_S")
+    exact = tiny.run(tiny.quantized_model(path))
+    rounded, default = tiny.quantized_model(path, dequant_dtype=torch.bfloat16), tiny.quantized_model(path)
+    assert torch.equal(tiny.run(default), exact)
+    assert 1e-5 < tiny.relative(tiny.run(rounded), exact) < 2e-2
+    assert torch.equal(tiny.run(default), exact)
+
+
+def test_moving_the_model_replaces_parameters_and_keeps_results(tiny_flux, inference_mode):
+    patcher = tiny.quantized_model(tiny_flux("Q4_K_S"))
+    before = tiny.run(patcher)
+    patcher.model.to("cpu")
+    patcher.model.to(torch.float32)
+    assert torch.equal(tiny.run(patcher), before)
+    patcher.model.to("meta")
+    assert all(p.device.type == "meta" for p in patcher.model.diffusion_model.parameters())
+
+
+def test_unloading_frees_the_mapped_file(tiny_flux):
+    import gc
+    import weakref
+
+    patcher = tiny.quantized_model(tiny_flux("Q4_K_S"))
+    tiny.run(patcher)
+    bytes_of_a_layer = weakref.ref(next(quantized_modules(patcher.model))[1].weight._qdata)
+    comfy.model_management.unload_all_models()
+    del patcher
+    gc.collect()
+    assert bytes_of_a_layer() is None
