@@ -21,6 +21,7 @@ from .host.compat import (
     as_param,
     cast_weight,
     dequantize_weight,
+    indexed_bytes,
     is_quantized,
     release_weight,
     with_dtype,
@@ -162,7 +163,7 @@ class QuantizedLayer(PatchableWeight):
         if not is_quantized(value):
             return torch.nn.Parameter(value, requires_grad=False)
         if name == "bias":
-            return torch.nn.Parameter(value.dequantize(), requires_grad=False)
+            return torch.nn.Parameter(dequantize_weight(value, torch.float32), requires_grad=False)
         return as_param(with_dtype(value, self.weight_comfy_model_dtype))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -301,20 +302,20 @@ class GGUFEmbedding(QuantizedLayer, comfy.ops.manual_cast.Embedding):
         if not is_quantized(self.weight):
             return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
         dtype = out_dtype or self.weight.dtype
-        if self.max_norm is None and not self.active_patches() and not self.wrapper_functions():
-            return self._gather(input, dtype)
+        table = indexed_bytes(self.weight)
+        if table is not None and self.max_norm is None and not self.active_patches() and not self.wrapper_functions():
+            return self._gather(table, input, dtype)
         weight, bias, token = cast_weight(self, input, dtype)
         try:
-            table = self.patched_weight(weight, dtype)
+            dense = self.patched_weight(weight, dtype)
             return torch.nn.functional.embedding(
-                input, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+                input, dense, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
             )
         finally:
             release_weight(self, weight, bias, token)
 
-    def _gather(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows `index` (any shape) of the table as (*index.shape, dim), moved to index's device as bytes."""
-        table = self.weight._qdata  # (n, row_bytes)
+    def _gather(self, table: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `index` (any shape) of the bytes (n, row_bytes) as (*index.shape, dim) on index's device."""
         rows = table.index_select(0, index.reshape(-1).to(table.device)).to(index.device)  # (n_index, row_bytes)
         values = dequantize_rows(rows, self.weight._params.qtype, self.options.dequant_dtype or dtype)
         return values.to(dtype).reshape(*index.shape, -1)
@@ -326,7 +327,7 @@ class _FloatLayer:
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         for name in ("weight", "bias"):
             if is_quantized(state_dict.get(prefix + name)):
-                state_dict[prefix + name] = state_dict[prefix + name].dequantize()
+                state_dict[prefix + name] = dequantize_weight(state_dict[prefix + name], torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

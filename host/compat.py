@@ -69,34 +69,44 @@ def _dequantize(qdata: torch.Tensor, params: WeightParams, dtype: torch.dtype) -
 # Row operations: a slice of dim 0 is a slice of bytes, so model code that splits a fused qkv keeps it quantized.
 
 
-def _rows_per_index(weight: torch.Tensor) -> int:
-    """Byte rows for each index of dim 0, or 0 when dim 0 does not fall on row borders."""
-    n = weight.shape[0] if weight.dim() > 1 else 0
-    n_rows = weight._qdata.shape[0]
-    return n_rows // n if n and n_rows % n == 0 else 0
+def indexed_bytes(weight: torch.Tensor) -> torch.Tensor | None:
+    """The bytes of a quantized weight by index of dim 0: uint8 (shape[0], bytes), or None when a row of bytes spans two."""
+    n, qdata = weight.shape[0] if weight.dim() > 1 else 0, weight._qdata
+    return qdata.reshape(n, -1) if n and qdata.shape[0] % n == 0 else None
 
 
 def _slice_rows(weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    step = _rows_per_index(weight)
+    row_bytes = weight._qdata.shape[1]
     params = dataclasses.replace(weight._params, orig_shape=(stop - start, *weight.shape[1:]))
-    return _build(weight._qdata[start * step : stop * step], params)
+    return _build(indexed_bytes(weight)[start:stop].reshape(-1, row_bytes), params)
 
 
 def _slice_op(weight: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     dim, start, stop, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
-    if dim != 0 or step != 1 or not _rows_per_index(weight):
+    if dim != 0 or step != 1 or indexed_bytes(weight) is None:
         return torch.ops.aten.slice.Tensor(weight.dequantize(), dim, start, stop, step)
     start, stop, _ = slice(start, stop).indices(weight.shape[0])
     return _slice_rows(weight, start, max(start, stop))
 
 
+def _narrow_op(weight: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    _, dim, start, length = args
+    return _slice_op(weight, (weight, dim, start, start + length), {})
+
+
 def _split_op(weight: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     size, dim = args[1], args[2] if len(args) > 2 else kwargs.get("dim", 0)
-    if dim != 0 or not _rows_per_index(weight):
-        return torch.split(weight.dequantize(), size, dim)
-    sizes = [size] * -(-weight.shape[0] // size) if isinstance(size, int) else size
+    sizes = [size] * -(-weight.shape[dim] // size) if isinstance(size, int) else size
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [_slice_rows(weight, a, min(a + n, weight.shape[0])) for a, n in zip(starts, sizes, strict=True)]
+    return [
+        _slice_op(weight, (weight, dim, start, min(start + n, weight.shape[dim])), {})
+        for start, n in zip(starts, sizes, strict=True)
+    ]
+
+
+def _chunk_op(weight: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    n_chunks, dim = args[1], args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    return _split_op(weight, (weight, -(-weight.shape[dim] // n_chunks), dim), {})
 
 
 def _cat_op(first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -104,7 +114,7 @@ def _cat_op(first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.
     head = tensors[0]
     same = all(
         is_quantized(t)
-        and _rows_per_index(t)
+        and indexed_bytes(t) is not None
         and t._params.qtype == head._params.qtype
         and t.shape[1:] == head.shape[1:]
         and t._qdata.shape[1] == head._qdata.shape[1]
@@ -119,7 +129,11 @@ def _cat_op(first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.
 
 _ROW_OPS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.slice.Tensor: _slice_op,
+    # Inference mode does not take these apart into slices.
+    torch.ops.aten.narrow.default: _narrow_op,
+    torch.ops.aten.chunk.default: _chunk_op,
     torch.ops.aten.split.Tensor: _split_op,
+    torch.ops.aten.split.sizes: _split_op,
     torch.ops.aten.split_with_sizes.default: _split_op,
     torch.ops.aten.cat.default: _cat_op,
 }

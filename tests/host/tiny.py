@@ -48,8 +48,8 @@ def run(patcher, batch=2, load=True):
 
 
 def relative(a, b):
-    """Largest difference relative to the largest value of b."""
-    return ((a - b).abs().max() / b.abs().max()).item()
+    """Relative L2 difference of a to b."""
+    return (torch.linalg.vector_norm((a - b).float()) / torch.linalg.vector_norm(b.float())).item()
 
 
 def block_key(name):

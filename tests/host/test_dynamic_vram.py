@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Under dynamic VRAM, newer hosts' normal GPU path, results are those of the classic path."""
+
+import pytest
+import tiny
+import torch
+from gguf_kit.host.compat import HAS_KITCHEN, is_quantized, quantized_modules
+
+pytestmark = pytest.mark.skipif(not HAS_KITCHEN, reason="this host has no dynamic VRAM")
+EXACT = 1e-6
+
+
+@pytest.fixture
+def vbar(monkeypatch):
+    import fake_vram
+
+    return fake_vram.install(monkeypatch)
+
+
+@pytest.fixture
+def pair(tiny_flux):
+    """The dequantized reference is loaded before dynamic VRAM is switched on."""
+    return tiny.float_model(tiny_flux("Q4_K_S")), tiny_flux("Q4_K_S")
+
+
+def load(patcher):
+    patcher.partially_load(patcher.load_device)
+
+
+def run(patcher, batch=2):
+    return tiny.run(patcher, batch, load=False)
+
+
+def expected(dense, *patch_sets, batch=2, **options):
+    return tiny.run(tiny.with_patches(dense, *patch_sets, **options), batch)
+
+
+def test_the_model_is_staged_as_bytes(pair, vbar):
+    dense, path = pair
+    reference = expected(dense)
+    patcher = tiny.quantized_model(path)
+    assert type(patcher).__name__ == "ModelPatcherDynamic"
+    load(patcher)
+    assert torch.equal(run(patcher), reference)
+    staged = {name: module for name, module in quantized_modules(patcher.model) if hasattr(module, "_v")}
+    assert len(staged) == 32
+    for module in staged.values():
+        assert module._v[2] < module.weight._qdata.nbytes + 2048 + (0 if module.bias is None else module.bias.nbytes)
+        assert is_quantized(module._v_weight)
+        assert torch.equal(module._v_weight._qdata, module.weight._qdata)
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["fits in VRAM", "does not fit"])
+@pytest.mark.parametrize("batch", [1, 16], ids=["few tokens", "many tokens"])
+def test_lora_is_applied_and_never_written_back(pair, vbar, resident, batch):
+    dense, path = pair
+    reference = expected(dense, tiny.lora(), batch=batch)
+    vbar.resident = resident
+    patcher = tiny.with_patches(tiny.quantized_model(path), tiny.lora())
+    load(patcher)
+    for _ in range(2):
+        assert tiny.relative(run(patcher, batch), reference) < EXACT
+    for _, module in quantized_modules(patcher.model):
+        if resident and hasattr(module, "_v_weight"):
+            assert torch.equal(module._v_weight._qdata, module.weight._qdata)
+
+
+def test_loras_change_between_prompts_and_after_eviction(pair, vbar):
+    dense, path = pair
+    plain, first, second = expected(dense), expected(dense, tiny.lora(1)), expected(dense, tiny.lora(2), tiny.split_lora())
+    base = tiny.quantized_model(path)
+    one = tiny.with_patches(base, tiny.lora(1))
+    two = tiny.with_patches(base, tiny.lora(2), tiny.split_lora())
+    for patcher, reference in ((base, plain), (one, first), (two, second), (base, plain), (one, first)):
+        load(patcher)
+        assert tiny.relative(run(patcher), reference) < EXACT
+        vbar.evict()
+        assert tiny.relative(run(patcher), reference) < EXACT
+
+
+def test_dora_goes_through_the_host(pair, vbar):
+    dense, path = pair
+    reference = expected(dense, tiny.lora(dora=True), strength=0.5)
+    patcher = tiny.with_patches(tiny.quantized_model(path), tiny.lora(dora=True), strength=0.5)
+    load(patcher)
+    assert tiny.relative(run(patcher), reference) < EXACT
+
+
+def test_hooks_get_a_classic_copy_of_the_model(pair, vbar):
+    dense, path = pair
+    reference = expected(dense, tiny.lora())
+    patcher = tiny.with_patches(tiny.quantized_model(path), tiny.lora())
+    delegate = patcher.get_non_dynamic_delegate()
+    assert type(delegate).__name__ == "GGUFPatcher"
+    assert delegate.model is not patcher.model
+    delegate.patch_model(tiny.CPU)
+    assert tiny.relative(run(delegate), reference) < EXACT
+
+
+def test_saving_gives_float_weights_with_the_lora_merged(pair, vbar, tmp_path):
+    dense, path = pair
+    patcher = tiny.with_patches(tiny.quantized_model(path), tiny.lora())
+    load(patcher)
+    saved = patcher.state_dict_for_saving()
+    key = tiny.block_key("double_blocks.1.img_mlp.0")
+    merged = tiny.with_patches(dense, tiny.lora()).patch_weight_to_device(key, tiny.CPU, return_weight=True)
+    assert tiny.relative(saved[f"model.{key}"].to("cpu"), merged) < EXACT

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saving and cloning a GGUF model in the host gives float weights with the patches merged."""
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from gguf_kit.host.compat import quantized_modules
+from gguf_kit.ops import LazyWeight, make_ops
+
+
+def test_save_and_load_again_equals_the_merged_model(tiny_flux, tmp_path, inference_mode):
+    """What the nodes ModelSave and CheckpointSave do."""
+    patcher = tiny.with_patches(tiny.quantized_model(tiny_flux("Q4_K_S")), tiny.lora(), tiny.split_lora())
+    expected = tiny.run(patcher)
+    path = tmp_path / "merged.safetensors"
+    comfy.sd.save_checkpoint(str(path), patcher)
+    saved = safetensors.torch.load_file(path)
+    assert len(saved) >= 96
+    assert all(tensor.is_floating_point() for tensor in saved.values())
+    loaded = comfy.sd.load_diffusion_model_state_dict(saved, model_options={"dtype": torch.float32})
+    assert tiny.relative(tiny.run(loaded), expected) < 1e-6
+    assert torch.equal(tiny.run(patcher), expected)
+
+
+def test_the_state_dict_has_the_hosts_keys_and_loads_into_another_model(tiny_flux):
+    path = tiny_flux("Q4_K_S")
+    first, dense = tiny.quantized_model(path), tiny.float_model(path)
+    state = first.model.diffusion_model.state_dict()
+    assert set(state) == set(dense.model.diffusion_model.state_dict())
+    second = tiny.quantized_model(tiny_flux("Q2_K"))
+    second.model.diffusion_model.load_state_dict(state)
+    assert torch.equal(tiny.run(second), tiny.run(first))
+
+
+def test_a_lazy_weight_weighs_its_bytes_and_becomes_a_float_tensor(tiny_flux):
+    model = tiny.quantized_model(tiny_flux("Q4_K_S")).model
+    name, module = next(quantized_modules(model))
+    weight = model.state_dict()[f"{name}.weight"]
+    assert isinstance(weight, LazyWeight)
+    assert (tuple(weight.shape), weight.dtype) == (tuple(module.weight.shape), module.weight.dtype)
+    assert weight.nbytes == weight.nelement() * weight.element_size() == module.weight._qdata.nbytes
+    assert torch.equal(weight.to("cpu"), module.weight.dequantize())
+
+
+def test_a_second_copy_of_the_model_is_loaded_through_the_factory(tiny_flux):
+    """The host asks for one for weight hooks under dynamic VRAM and for several GPUs."""
+    patcher = tiny.quantized_model(tiny_flux("Q2_K"))
+    function, arguments = patcher.cached_patcher_init
+    copy = function(*arguments, disable_dynamic=True)
+    assert copy.model is not patcher.model
+    assert torch.equal(tiny.run(copy), tiny.run(patcher))
+
+
+def test_deepcloning_uses_the_factory_where_the_host_has_it(tiny_flux):
+    patcher = tiny.with_patches(tiny.quantized_model(tiny_flux("Q2_K")), tiny.lora())
+    try:
+        clone = patcher.clone(force_deepcopy=True)
+    except TypeError:
+        pytest.skip("this host has no clone(force_deepcopy)")
+    assert clone.model is not patcher.model
+    assert torch.equal(tiny.run(clone), tiny.run(patcher))
+
+
+def test_a_stock_patcher_over_our_layers_still_computes_right(tiny_flux):
+    """Another pack may build its own ModelPatcher over our model; it costs memory, not correctness."""
+    import comfy.model_patcher
+
+    path = tiny_flux("Q4_K_S")
+    ours, dense = tiny.quantized_model(path), tiny.float_model(path)
+    stock = comfy.model_patcher.ModelPatcher(ours.model, tiny.CPU, tiny.CPU)
+    before = tiny.run(stock)
+    patched = tiny.with_patches(stock, tiny.lora())
+    assert tiny.relative(tiny.run(patched), tiny.run(tiny.with_patches(dense, tiny.lora()))) < 1e-6
+    comfy.model_management.unload_all_models()
+    assert torch.equal(tiny.run(stock), before)
+    assert make_ops().Linear.__name__ == "GGUFLinear"
