@@ -271,7 +271,8 @@ class CLIPLoaderGGUF:
         return " ".join(file_state(_encoder_path(inputs[name])) for name in cls._file_inputs())
 
     def load_clip(self, type: str = "", device: str = "default", **names: str) -> tuple[Any]:
-        clip_type = getattr(comfy.sd.CLIPType, (type or self.FIXED_TYPE).upper())
+        # A type without a member of its own (sdxl) is told by its encoders, as in the host's loaders.
+        clip_type = getattr(comfy.sd.CLIPType, (type or self.FIXED_TYPE).upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
         paths = []
         for name in (names[key] for key in self._file_inputs()):
             path = _encoder_path(name)

@@ -14,6 +14,7 @@ from typing import Any
 
 import comfy.hooks
 import comfy.model_patcher
+import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
@@ -82,10 +83,13 @@ class GGUFPatcher(comfy.model_patcher.ModelPatcher):
 
     def patch_cached_hook_weights(self, cached_weights: dict[str, Any], key: str, memory_counter: Any) -> None:
         module = quantized_module(self.model, key)
-        if module is None:
-            super().patch_cached_hook_weights(cached_weights, key, memory_counter)
-        else:
+        if module is not None:
             module._hook_patch = PatchRef(key, cached_weights[key][0])
+            return
+        if key not in self.hook_backup:
+            # The host writes into the parameter, which may be a read-only view of the file.
+            comfy.utils.set_attr_param(self.model, key, comfy.utils.get_attr(self.model, key).clone())
+        super().patch_cached_hook_weights(cached_weights, key, memory_counter)
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         for name, module in quantized_modules(self.model):

@@ -18,8 +18,8 @@ class TextEncoder:
 
     Attributes:
         title: what users call it.
-        archs: values of `general.architecture`; a hint for messages only.
-        marker: a tensor name that only this family has.
+        archs: values of `general.architecture`; for messages only.
+        marker: a tensor name that this family has, absent: one that it does not have ("": no such name).
         keys: llama.cpp name to state-dict key.
         refuse: name prefix to the reason why a file that has such tensors is of no use.
     """
@@ -28,15 +28,15 @@ class TextEncoder:
     archs: tuple[str, ...]
     marker: str
     keys: Mapping[str, str]
+    absent: str = ""
     refuse: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def key_map(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         """State-dict key of each name, and the names that match no rule."""
         mapped, unknown = {}, []
         for name in names:
-            pattern = re.sub(r"(?<=blk\.)\d+", "{bid}", name, count=1)
-            bid = re.search(r"(?<=blk\.)\d+", name)
-            key = self.keys.get(pattern)
+            bid = _BLOCK_NUMBER.search(name)
+            key = self.keys.get(_BLOCK_NUMBER.sub("{bid}", name, count=1))
             if key is None:
                 unknown.append(name)
             else:
@@ -44,31 +44,44 @@ class TextEncoder:
         return mapped, unknown
 
 
+_BLOCK_NUMBER = re.compile(r"(?<=blk\.)\d+")
 _T5_BLOCK = "encoder.block.{bid}.layer"
+_T5_KEYS = {
+    "token_embd.weight": "shared.weight",
+    "enc.output_norm.weight": "encoder.final_layer_norm.weight",
+    "enc.blk.{bid}.attn_q.weight": f"{_T5_BLOCK}.0.SelfAttention.q.weight",
+    "enc.blk.{bid}.attn_k.weight": f"{_T5_BLOCK}.0.SelfAttention.k.weight",
+    "enc.blk.{bid}.attn_v.weight": f"{_T5_BLOCK}.0.SelfAttention.v.weight",
+    "enc.blk.{bid}.attn_o.weight": f"{_T5_BLOCK}.0.SelfAttention.o.weight",
+    "enc.blk.{bid}.attn_rel_b.weight": f"{_T5_BLOCK}.0.SelfAttention.relative_attention_bias.weight",
+    "enc.blk.{bid}.attn_norm.weight": f"{_T5_BLOCK}.0.layer_norm.weight",
+    "enc.blk.{bid}.ffn_down.weight": f"{_T5_BLOCK}.1.DenseReluDense.wo.weight",
+    "enc.blk.{bid}.ffn_norm.weight": f"{_T5_BLOCK}.1.layer_norm.weight",
+}
+_T5_REFUSE = {
+    "dec.": "it is a full encoder-decoder; take a file with the encoder only (general.architecture t5encoder)",
+    "enc.blk.1.attn_rel_b.": "it is a UMT5, whose tokenizer this version cannot rebuild; take the safetensors file",
+}
 
 TEXT_ENCODERS: tuple[TextEncoder, ...] = (
     TextEncoder(
-        title="T5",
+        title="T5 v1.1",
         archs=("t5", "t5encoder"),
-        marker="enc.blk.0.attn_q.weight",
+        marker="enc.blk.0.ffn_gate.weight",
         keys={
-            "token_embd.weight": "shared.weight",
-            "enc.output_norm.weight": "encoder.final_layer_norm.weight",
-            "enc.blk.{bid}.attn_q.weight": f"{_T5_BLOCK}.0.SelfAttention.q.weight",
-            "enc.blk.{bid}.attn_k.weight": f"{_T5_BLOCK}.0.SelfAttention.k.weight",
-            "enc.blk.{bid}.attn_v.weight": f"{_T5_BLOCK}.0.SelfAttention.v.weight",
-            "enc.blk.{bid}.attn_o.weight": f"{_T5_BLOCK}.0.SelfAttention.o.weight",
-            "enc.blk.{bid}.attn_rel_b.weight": f"{_T5_BLOCK}.0.SelfAttention.relative_attention_bias.weight",
-            "enc.blk.{bid}.attn_norm.weight": f"{_T5_BLOCK}.0.layer_norm.weight",
+            **_T5_KEYS,
             "enc.blk.{bid}.ffn_gate.weight": f"{_T5_BLOCK}.1.DenseReluDense.wi_0.weight",
             "enc.blk.{bid}.ffn_up.weight": f"{_T5_BLOCK}.1.DenseReluDense.wi_1.weight",
-            "enc.blk.{bid}.ffn_down.weight": f"{_T5_BLOCK}.1.DenseReluDense.wo.weight",
-            "enc.blk.{bid}.ffn_norm.weight": f"{_T5_BLOCK}.1.layer_norm.weight",
         },
-        refuse={
-            "dec.": "it is a full encoder-decoder; take a file with the encoder only (general.architecture t5encoder)",
-            "enc.blk.1.attn_rel_b.": "it is a UMT5, whose tokenizer this version cannot rebuild; take the safetensors file",
-        },
+        refuse=_T5_REFUSE,
+    ),
+    TextEncoder(
+        title="T5 v1.0",
+        archs=("t5", "t5encoder"),
+        marker="enc.blk.0.ffn_up.weight",
+        absent="enc.blk.0.ffn_gate.weight",
+        keys={**_T5_KEYS, "enc.blk.{bid}.ffn_up.weight": f"{_T5_BLOCK}.1.DenseReluDense.wi.weight"},
+        refuse=_T5_REFUSE,
     ),
 )
 
@@ -79,4 +92,4 @@ NATIVE_MARKERS = ("encoder.block.0.layer.0.SelfAttention.q.weight",)
 def detect(names: Iterable[str]) -> TextEncoder | None:
     """The entry whose marker is among the tensor names, or None."""
     present = set(names)
-    return next((encoder for encoder in TEXT_ENCODERS if encoder.marker in present), None)
+    return next((e for e in TEXT_ENCODERS if e.marker in present and e.absent not in present), None)

@@ -18,7 +18,7 @@ def boot_host() -> None:
     from comfy.cli_args import args
 
     args.cpu = True
-    args.fp32_unet = True
+    args.fp32_unet = args.fp32_text_enc = True
     import comfy.model_detection
 
     detect = comfy.model_detection.detect_unet_config

@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GGUF container: a bounded, lazy reader of versions 2 and 3 that hands out tensor bytes without copying them.
+
+A file is hostile input: every count, length, dimension, offset and product is checked against the bytes there are
+before it is used. Opening reads the positions of the key/value pairs and the tensor table; metadata values are decoded
+only when asked for, and no page of tensor data is touched. This module knows no architecture and no way to dequantize.
+Format: ggml/docs/gguf.md; the limits that it does not set are the MAX_ constants below.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import struct
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGUFValueType as ValueType
+
+from .errors import BadFile, UnsupportedQtype
+
+SUPPORTED_VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MIN_ALIGNMENT = 8  # also what makes .view() to any dtype safe
+MAX_ALIGNMENT = 2**20
+MAX_HEADER_BYTES = 2**27  # several times the largest vocabulary with its merges; bounds the time an opening takes
+MAX_ENTRIES = 2**17  # key/value pairs or tensors; bounds the memory of their tables
+MAX_KEY_BYTES = 65535
+MAX_NAME_BYTES = 1024  # ggml stops at 64; image models exceed that
+MAX_DIMS = 8  # ggml stops at 4; files with native 5-D convolutions exist
+MAX_ARRAY_DEPTH = 4
+
+MIN_PAIR_BYTES = 8 + 1 + 4 + 1  # key length, key, value type, value
+MIN_TENSOR_BYTES = 8 + 1 + 4 + 4 + 8  # name length, name, n_dims, qtype, offset
+
+# struct and numpy agree on these codes.
+SCALAR_CODES: Mapping[ValueType, str] = MappingProxyType({
+    ValueType.UINT8: "B", ValueType.UINT16: "H", ValueType.UINT32: "I", ValueType.UINT64: "Q", ValueType.BOOL: "?",
+    ValueType.INT8: "b", ValueType.INT16: "h", ValueType.INT32: "i", ValueType.INT64: "q",
+    ValueType.FLOAT32: "f", ValueType.FLOAT64: "d",
+})  # fmt: skip
+# Fewest bytes a value of each type takes: a string its length, an array its item type and count.
+MIN_VALUE_BYTES: Mapping[ValueType, int] = MappingProxyType(
+    {kind: struct.calcsize(f"<{code}") for kind, code in SCALAR_CODES.items()}
+    | {ValueType.STRING: 8, ValueType.ARRAY: 12}
+)
+
+# (offset, bytes there, what the file is, what to do) for files that are often met under a .gguf name.
+MISTAKEN_FILES = (
+    (0, b"version https://git-lfs", "a Git LFS pointer", "Run 'git lfs pull', or download the file itself."),
+    (0, b"PK\x03\x04", "a PyTorch checkpoint or another zip archive", "Get the model as a .gguf file."),
+    (0, b"<!", "a web page", "Download the file again, logged in if its page asks for that."),
+    (8, b'{"', "safetensors", "Load it with the node for safetensors models."),
+)
+# Ids that ggml once gave to types it has since removed; a newer gguf package does not bring them back.
+REMOVED_QTYPES = frozenset({4, 5, 31, 32, 33, 36, 37, 38})
+DAMAGED = "The file is damaged or incomplete; download it again."
+
+_unpack_u64 = struct.Struct("<Q").unpack_from
+
+MetadataValue: TypeAlias = "bool | int | float | str | npt.NDArray[Any] | list[Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One row of the tensor table.
+
+    Attributes:
+        name: as stored.
+        qtype: storage type; not every one has a dequantizer.
+        shape: torch order (ggml's ne reversed), 0 to 8 dimensions, any of them may be 0.
+        offset: bytes from the start of the file; without meaning where n_bytes is 0.
+        n_bytes: stored size.
+    """
+
+    name: str
+    qtype: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+
+class _Reader:
+    """A position in the header that never leaves it; section and name say what is being read when a check fails."""
+
+    def __init__(self, buffer: mmap.mmap, path: str, pos: int = 0, section: str = "the header", name: str = "") -> None:
+        self.buffer = buffer
+        self.path = path
+        self.pos = pos
+        self.section = section
+        self.name = name
+        self.end = min(len(buffer), MAX_HEADER_BYTES)
+
+    def enter(self, section: str, name: str = "") -> None:
+        self.section, self.name = section, name
+
+    def where(self) -> str:
+        return f"{self.section} {_quote(self.name)}" if self.name else self.section
+
+    def fail(self, problem: str, hint: str = DAMAGED) -> NoReturn:
+        raise BadFile(f"{self.where()} {problem}", path=self.path, subject=self.name or self.section, hint=hint)
+
+    def fail_text(self, error: UnicodeDecodeError) -> NoReturn:
+        self.fail(f"has text that is not UTF-8: {error.object[: error.start + 1][-40:]!r}")
+
+    def take(self, n_bytes: int) -> int:
+        """Step over n_bytes and return the offset where they start."""
+        start = self.pos
+        if n_bytes > self.end - start:
+            if n_bytes <= len(self.buffer) - start:
+                self.fail(f"makes the header longer than {MAX_HEADER_BYTES} bytes, which no model needs")
+            self.fail(f"needs {n_bytes} bytes at offset {start}, but the file ends at {len(self.buffer)}")
+        self.pos = start + n_bytes
+        return start
+
+    def check_count(self, n_items: int, item_bytes: int, what: str) -> None:
+        """Refuse a count whose items could not fit even if each were as small as it can be."""
+        if n_items * item_bytes > self.end - self.pos:
+            self.fail(f"announces {n_items} {what}, more than there is room for")
+
+    def u32(self) -> int:
+        start = self.take(4)
+        return int.from_bytes(self.buffer[start : self.pos], "little")
+
+    def u64(self) -> int:
+        start = self.take(8)
+        return int.from_bytes(self.buffer[start : self.pos], "little")
+
+    def string(self) -> str:
+        return self.text(self.u64())
+
+    def label(self, what: str, max_bytes: int) -> str:
+        """Read a key or tensor name."""
+        n_bytes = self.u64()
+        if not 0 < n_bytes <= max_bytes:
+            self.fail(f"has a {what} of {n_bytes} bytes, expected 1 to {max_bytes}")
+        return self.text(n_bytes)
+
+    def text(self, n_bytes: int) -> str:
+        start = self.take(n_bytes)
+        try:
+            return self.buffer[start : self.pos].decode()
+        except UnicodeDecodeError as error:
+            self.fail_text(error)
+
+    def value_type(self) -> ValueType:
+        code = self.u32()
+        try:
+            return ValueType(code)
+        except ValueError:
+            self.fail(f"has value type {code}, which GGUF does not define")
+
+    def array_header(self, depth: int) -> tuple[ValueType, int]:
+        """Read item type and count of an array, depth arrays deep, and check that the items can fit."""
+        if depth > MAX_ARRAY_DEPTH:
+            self.fail(f"nests arrays more than {MAX_ARRAY_DEPTH} deep")
+        item_type = self.value_type()
+        n_items = self.u64()
+        self.check_count(n_items, MIN_VALUE_BYTES[item_type], "array items")
+        return item_type, n_items
+
+    def skip_value(self, kind: ValueType, depth: int = 1) -> None:
+        if kind is ValueType.STRING:
+            self.take(self.u64())
+        elif kind is not ValueType.ARRAY:
+            self.take(MIN_VALUE_BYTES[kind])
+        else:
+            item_type, n_items = self.array_header(depth)
+            if item_type is ValueType.STRING:
+                self.skip_strings(n_items)
+            elif item_type is not ValueType.ARRAY:
+                self.take(n_items * MIN_VALUE_BYTES[item_type])
+            else:
+                for _ in range(n_items):
+                    self.skip_value(item_type, depth + 1)
+
+    def skip_strings(self, n_strings: int) -> None:
+        # A vocabulary has a quarter million, so one call each: unpack_from checks the lengths' bounds, take() the end.
+        pos = self.pos
+        try:
+            for _ in range(n_strings):
+                pos += 8 + _unpack_u64(self.buffer, pos)[0]
+        except (struct.error, OverflowError):
+            pos += 8  # the length that lies outside, so that take() reports it
+        self.take(pos - self.pos)
+
+    def strings(self, n_strings: int) -> list[str]:
+        start = self.pos
+        self.skip_strings(n_strings)
+        raw, pos, texts = self.buffer[start : self.pos], 0, []
+        try:
+            for _ in range(n_strings):
+                start = pos + 8
+                pos = start + _unpack_u64(raw, pos)[0]
+                texts.append(raw[start:pos].decode())
+        except UnicodeDecodeError as error:
+            self.fail_text(error)
+        return texts
+
+    def read_value(self, kind: ValueType, depth: int = 1) -> MetadataValue:
+        if kind is ValueType.STRING:
+            return self.string()
+        if kind is not ValueType.ARRAY:
+            value: MetadataValue = self.numbers(SCALAR_CODES[kind], 1).item()
+            return value
+        item_type, n_items = self.array_header(depth)
+        if item_type is ValueType.STRING:
+            return self.strings(n_items)
+        if item_type is not ValueType.ARRAY:
+            return self.numbers(SCALAR_CODES[item_type], n_items)
+        return [self.read_value(item_type, depth + 1) for _ in range(n_items)]
+
+    def numbers(self, code: str, n_items: int) -> npt.NDArray[Any]:
+        """Read numbers into memory of their own, in native byte order."""
+        # Bytes other than 0 and 1 must not become numpy bools unconverted.
+        stored = np.dtype(f"<{code.replace('?', 'B')}")
+        start = self.take(n_items * stored.itemsize)
+        return np.frombuffer(self.buffer, stored, n_items, start).astype(code)
+
+
+class Metadata(Mapping[str, MetadataValue]):
+    """The key/value pairs in file order; each look-up decodes the value anew, so keep large ones.
+
+    Values are bool, int, float, str, a numpy array in the stored width, or a list of str or of such arrays. A look-up
+    raises BadFile where text is not UTF-8.
+    """
+
+    def __init__(self, buffer: mmap.mmap, path: str, index: dict[str, tuple[ValueType, int]]) -> None:
+        self._buffer = buffer
+        self._path = path
+        self._index = index
+
+    def __getitem__(self, key: str) -> MetadataValue:
+        kind, pos = self._index[key]
+        return _Reader(self._buffer, self._path, pos, "metadata key", key).read_value(kind)
+
+    def __contains__(self, key: object) -> bool:  # Mapping's own would decode the value
+        return key in self._index
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def type_of(self, key: str) -> ValueType:
+        """Return the stored type, ARRAY for all arrays; needed to write a value back as it was."""
+        return self._index[key][0]
+
+
+class GGUFFile:
+    """An open GGUF file: checked header, lazy metadata, tensor bytes straight from the map.
+
+    The file stays mapped while this object, its metadata or any tensor from data() is alive; there is nothing to close.
+
+    Attributes:
+        path: as given.
+        version: 2 or 3.
+        metadata: key -> value, decoded at each look-up.
+        tensors: name -> TensorInfo, read-only, in file order.
+    Raises:
+        BadFile: the file cannot be read or is not a sound GGUF file.
+        UnsupportedQtype: a tensor's type is unknown to the installed gguf package, so its size is too.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._buffer = _map_file(self.path)
+        reader = _Reader(self._buffer, self.path)
+        self.version = _read_version(reader)
+        n_tensors = _read_count(reader, MIN_TENSOR_BYTES, "tensors")
+        n_pairs = _read_count(reader, MIN_PAIR_BYTES, "key/value pairs")
+        self.metadata = _read_metadata(reader, n_pairs)
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            _read_tensors(reader, n_tensors, _read_alignment(reader, self.metadata))
+        )
+        _check_extents(reader, list(self.tensors.values()))
+
+    def data(self, name: str) -> torch.Tensor:
+        """Return the tensor's bytes, 1-D uint8 (n_bytes,): a storage of its own over the map, nothing is copied.
+
+        Writing to it never reaches the file; on Windows, where the map is read-only, it ends the process.
+        """
+        info = self.tensors[name]
+        if not info.n_bytes:  # frombuffer refuses empty views
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._buffer, dtype=torch.uint8, count=info.n_bytes, offset=info.offset)
+
+
+def _map_file(path: str) -> mmap.mmap:
+    """Map a whole regular file so that no write can reach it."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
+            raise BadFile(f"this is {kind}, not a file", path=path, hint="Choose a .gguf file.")
+        if status.st_size == 0:
+            raise BadFile("the file is empty", path=path, hint="Download it again.")
+        with open(path, "rb") as file:
+            return _map_descriptor(file.fileno())
+    except FileNotFoundError:
+        raise BadFile("there is no such file", path=path, hint=f"Check the path {path}.") from None
+    except OSError as error:
+        problem = f"the file cannot be opened: {error.strerror}"
+        raise BadFile(problem, path=path, hint="Check its permissions and its disk.") from error
+
+
+def _map_descriptor(fd: int) -> mmap.mmap:
+    # A private view is charged as if all of it were written. Windows counts that against the page file ("error 1455"),
+    # so it gets a read-only view; Linux refuses files larger than memory unless told not to reserve.
+    if sys.platform == "win32":
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # said by torch.frombuffer
+        return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+    no_reserve = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, which Python 3.12 lacks
+    return mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _read_version(reader: _Reader) -> int:
+    """Check the magic and return the version, explaining what other kinds of file are."""
+    head = reader.buffer[:64]
+    if not head.startswith(b"GGUF"):
+        reader.enter("the file")
+        for offset, mark, kind, hint in MISTAKEN_FILES:
+            if head.startswith(mark, offset):
+                reader.fail(f"is {kind}, not GGUF", hint)
+        reader.fail(f"starts with {head[:4]!r} instead of b'GGUF'", "It is damaged, or not a GGUF file.")
+    reader.take(4)
+    version = reader.u32()
+    if version in SUPPORTED_VERSIONS:
+        return version
+    if version and version & 0xFFFF == 0:  # byte-swapped; no version will exceed 16 bits
+        reader.fail("is big-endian, which is not supported", "Get the little-endian file or convert it with gguf-py.")
+    hint = "Get a newer file." if version < min(SUPPORTED_VERSIONS) else "Update this pack."
+    reader.fail(f"has GGUF version {version}, expected 2 or 3", hint)
+
+
+def _read_count(reader: _Reader, item_bytes: int, what: str) -> int:
+    n_items = reader.u64()
+    reader.check_count(n_items, item_bytes, what)
+    if n_items > MAX_ENTRIES:
+        reader.fail(f"announces {n_items} {what}, more than the limit of {MAX_ENTRIES}")
+    return n_items
+
+
+def _read_metadata(reader: _Reader, n_pairs: int) -> Metadata:
+    index: dict[str, tuple[ValueType, int]] = {}
+    for i in range(n_pairs):
+        reader.enter(f"metadata entry {i + 1} of {n_pairs}")
+        key = reader.label("key", MAX_KEY_BYTES)
+        reader.enter("metadata key", key)
+        if key in index:
+            reader.fail("occurs twice")
+        kind = reader.value_type()
+        index[key] = (kind, reader.pos)
+        reader.skip_value(kind)
+    return Metadata(reader.buffer, reader.path, index)
+
+
+def _read_alignment(reader: _Reader, metadata: Metadata) -> int:
+    key = "general.alignment"
+    if key not in metadata:
+        return DEFAULT_ALIGNMENT
+    reader.enter("metadata key", key)
+    kind = metadata.type_of(key)
+    if kind is not ValueType.UINT32:
+        reader.fail(f"has type {kind.name}, expected UINT32")
+    alignment = metadata[key]
+    if not isinstance(alignment, int) or alignment.bit_count() != 1 or not MIN_ALIGNMENT <= alignment <= MAX_ALIGNMENT:
+        reader.fail(f"is {alignment}, expected a power of two from {MIN_ALIGNMENT} to {MAX_ALIGNMENT}")
+    return alignment
+
+
+def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> dict[str, TensorInfo]:
+    relative: dict[str, TensorInfo] = {}
+    for i in range(n_tensors):
+        reader.enter(f"tensor entry {i + 1} of {n_tensors}")
+        info = _read_tensor(reader, alignment)
+        if info.name in relative:
+            reader.fail("occurs twice")
+        relative[info.name] = info
+    data_start = -(-reader.pos // alignment) * alignment
+    return {name: replace(info, offset=data_start + info.offset) for name, info in relative.items()}
+
+
+def _read_tensor(reader: _Reader, alignment: int) -> TensorInfo:
+    """Read one row of the tensor table; its offset is still counted from the start of the data section."""
+    name = reader.label("name", MAX_NAME_BYTES)
+    reader.enter("tensor", name)
+    n_dims = reader.u32()
+    if n_dims > MAX_DIMS:
+        reader.fail(f"has {n_dims} dimensions, expected at most {MAX_DIMS}")
+    ne: list[int] = reader.numbers("Q", n_dims).tolist()
+    qtype = _read_qtype(reader)
+    offset = reader.u64()
+    if offset % alignment:
+        reader.fail(f"has offset {offset}, which is not a multiple of the alignment {alignment}")
+    # Zeros are left out: torch multiplies the other dimensions into strides even where a tensor is empty.
+    if prod(n for n in ne if n) >= 2**63:
+        reader.fail(f"has dimensions {ne[::-1]}, more elements than can be counted")
+    block_size, type_size = GGML_QUANT_SIZES[qtype]
+    row = ne[0] if ne else 1
+    if row % block_size:
+        reader.fail(f"has rows of {row} weights, expected a multiple of {qtype.name}'s block size {block_size}")
+    return TensorInfo(name, qtype, tuple(ne[::-1]), offset, prod(ne) // block_size * type_size)
+
+
+def _read_qtype(reader: _Reader) -> GGMLQuantizationType:
+    code = reader.u32()
+    if code in GGML_QUANT_SIZES:
+        return GGMLQuantizationType(code)
+    if code in REMOVED_QTYPES:
+        problem, hint = "which ggml has removed", "Use a file in another type, such as Q8_0 or Q4_K_M."
+    else:
+        problem = "which the installed gguf package does not know"
+        hint = "Update it (pip install -U gguf) or use a file in another type, such as Q8_0 or Q4_K_M."
+    problem = f"{reader.where()} has type id {code}, {problem}"
+    raise UnsupportedQtype(problem, path=reader.path, subject=reader.name, hint=hint)
+
+
+def _check_extents(reader: _Reader, tensors: list[TensorInfo]) -> None:
+    """Refuse tensor data that overlaps or lies outside the file."""
+    stored = sorted((info for info in tensors if info.n_bytes), key=lambda info: info.offset)
+    for before, after in pairwise(stored):
+        if before.offset + before.n_bytes > after.offset:
+            reader.enter("tensor", after.name)
+            reader.fail(f"starts at {after.offset}, inside tensor {_quote(before.name)}")
+    n_missing = stored[-1].offset + stored[-1].n_bytes - len(reader.buffer) if stored else 0
+    if n_missing > 0:
+        reader.enter("tensor", stored[-1].name)
+        reader.fail(f"ends beyond the file, which is {n_missing} bytes short", "Download it again.")
+
+
+def _quote(name: str) -> str:
+    """Quote a name from the file for a message, on one line and not endlessly long."""
+    return repr(name if len(name) <= 100 else f"{name[:97]}...")

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command each for demo, tests, linters and benchmarks, on a machine with nothing but Python and nox.
+
+    pip install nox uv
+    nox -s demo            pictures and a table in demo-output/
+    nox -s tests           all tests; arguments after -- go to pytest (nox -s tests -- tests/e2e -k picture)
+    nox -s lint
+    nox -s bench           tests/bench/bench_*.py; arguments after -- name some of them (bench_load) or go to each
+
+torch and its libraries are large, so all sessions share one environment, .nox/host-env, which fits the ComfyUI in use.
+It is made once and changed when a requirement changes. The ComfyUI is the one of COMFYUI_PATH, else the one this folder
+is installed in, else it is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import _pack  # noqa: E402, F401
+from gguf_kit.demo import host  # noqa: E402
+
+nox.options.sessions = ["tests"]
+nox.options.error_on_external_run = False
+
+ENVIRONMENT = ROOT / ".nox" / "host-env"
+INSTALLED = ENVIRONMENT / "installed-requirements.txt"
+TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
+TOOLS = ["pytest>=8", "hypothesis>=6", "tqdm", "Pillow", "ruff==0.17.6", "mypy==2.4.1", "codespell==2.4.3"]
+# Installed alone: torchaudio asks for another torch but imports beside this one; ggml makes the test files.
+WITHOUT_DEPENDENCIES = ["torchaudio==2.11.0", "libggml-python==0.20.2.post1"]
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")}
+TYPED = ["errors", "layouts", "gguf_file", "dequant", "kernels", "loader", "demo"]
+
+
+def find_uv() -> str | None:
+    """uv as installed beside nox, else on the PATH, else None."""
+    try:
+        from uv import find_uv_bin
+    except ImportError:
+        return shutil.which("uv")
+    return str(find_uv_bin())
+
+
+def environment_python() -> Path:
+    """The interpreter of the shared environment."""
+    return ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def make_environment(session: nox.Session) -> None:
+    """Make the empty environment, with pip in it, unless a working one is there."""
+    if (ENVIRONMENT / "pyvenv.cfg").is_file() and environment_python().exists():
+        return
+    shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+    uv = find_uv()
+    command = [uv, "venv", "--seed", "--python", sys.executable] if uv else [sys.executable, "-m", "venv"]
+    session.run(*command, str(ENVIRONMENT), external=True)
+
+
+def wanted_requirements(comfyui: Path) -> list[str]:
+    """What the pack, the host and the sessions need, torch pinned to what was tested."""
+    pack = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [*TORCH, *pack, *TOOLS, *host.host_requirements(comfyui)]
+
+
+def install(session: nox.Session, arguments: list[str]) -> None:
+    """Install into the shared environment, by uv where there is one: it is several times faster."""
+    uv, python = find_uv(), str(environment_python())
+    command = [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
+    session.run(*command, *arguments, external=True)
+
+
+def prepare(session: nox.Session) -> tuple[str, dict[str, str]]:
+    """Python of an environment that has everything, and variables for what runs in it."""
+    make_environment(session)
+    try:
+        comfyui = host.get_host(environment_python())
+    except host.HostError as error:
+        session.error(str(error))
+    wanted = wanted_requirements(comfyui)
+    stamp = "\n".join([f"# Python {platform.python_version()}", *wanted, *WITHOUT_DEPENDENCIES, ""])
+    if not INSTALLED.is_file() or INSTALLED.read_text(encoding="utf-8") != stamp:
+        INSTALLED.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "requirements.txt"
+            file.write_text("\n".join(wanted) + "\n", encoding="utf-8")
+            install(session, ["-r", str(file)])
+        install(session, ["--no-deps", *WITHOUT_DEPENDENCIES])
+        INSTALLED.write_text(stamp, encoding="utf-8")
+    session.log(f"ComfyUI {host.host_version(comfyui)} in {comfyui}")
+    return str(environment_python()), {"COMFYUI_PATH": str(comfyui)}
+
+
+@nox.session(python=False)
+def demo(session: nox.Session) -> None:
+    """Make, load and sample a tiny Flux in each type through a real ComfyUI server; results in demo-output/."""
+    python, variables = prepare(session)
+    session.run(python, "demo/run.py", *session.posargs, env={**variables, **ONE_THREAD}, external=True)
+
+
+@nox.session(python=False)
+def tests(session: nox.Session) -> None:
+    """Run the whole test suite."""
+    python, variables = prepare(session)
+    arguments = session.posargs
+    if not any(argument.startswith("tests") for argument in arguments):
+        arguments = ["tests/unit", "tests/host", "tests/e2e", *arguments]
+    # Without it pytest imports the root's __init__.py, which wants a host.
+    session.run(
+        python, "-m", "pytest", "--confcutdir=tests", *arguments, env={**variables, **ONE_THREAD}, external=True
+    )
+
+
+@nox.session(python=False)
+def lint(session: nox.Session) -> None:
+    """Check style, types and spelling."""
+    python, _ = prepare(session)
+    session.run(python, "-m", "ruff", "check", ".", external=True)
+    session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
+    listed = session.run("git", "ls-files", "--cached", "--others", "--exclude-standard", external=True, silent=True)
+    session.run(python, "-m", "codespell_lib", *str(listed).split(), external=True)
+    check_types(session, python)
+
+
+def check_types(session: nox.Session, python: str) -> None:
+    """Run mypy on the pack under the name gguf_kit: its relative imports need a parent package, the root has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "gguf_kit").symlink_to(ROOT, target_is_directory=True)
+        modules = [argument for name in TYPED for argument in ("-p", f"gguf_kit.{name}")]
+        options = ["--strict", "--follow-imports=silent", "--config-file", str(ROOT / "pyproject.toml")]
+        with session.chdir(folder):
+            cache = str(ROOT / ".mypy_cache")
+            session.run(python, "-m", "mypy", *options, "--cache-dir", cache, *modules, external=True)
+
+
+@nox.session(python=False)
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks one after another; each sets its number of threads itself."""
+    python, variables = prepare(session)
+    scripts = sorted((ROOT / "tests" / "bench").glob("bench_*.py"))
+    named = [script for script in scripts if script.stem in session.posargs]
+    options = [argument for argument in session.posargs if argument not in {script.stem for script in scripts}]
+    for script in named or scripts:
+        session.run(python, str(script), *options, env=variables, external=True)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times opening a text encoder with a 262,144-entry vocabulary, against gguf-py's reader.
+
+    python tests/bench/bench_open.py [--repeat N] [--without-gguf-py]
+
+The file has tokens, scores, token types, 514,906 merges and the tensor table of a 34-layer model, as Gemma 3 has them;
+its tensors are empty, since opening reads none. gguf-py is timed once: it takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "tools")]
+
+import _pack  # noqa: E402, F401
+import gguf  # noqa: E402
+import gguf_builder as build  # noqa: E402
+from gguf_kit.gguf_file import GGUFFile  # noqa: E402
+
+N_TOKENS = 262_144
+N_MERGES = 514_906
+N_LAYERS = 34
+TENSORS_PER_LAYER = 13
+TOKENS = "tokenizer.ggml.tokens"
+
+
+def write_text_encoder(path: Path) -> None:
+    metadata = {
+        "general.architecture": (build.STRING, "gemma3"),
+        TOKENS: (build.ARRAY, (build.STRING, [f"token-{i}" for i in range(N_TOKENS)])),
+        "tokenizer.ggml.scores": (build.ARRAY, (build.F32, [float(-i) for i in range(N_TOKENS)])),
+        "tokenizer.ggml.token_type": (build.ARRAY, (build.I32, [1] * N_TOKENS)),
+        "tokenizer.ggml.merges": (build.ARRAY, (build.STRING, [f"left-{i} right" for i in range(N_MERGES)])),
+    }
+    names = [f"blk.{i}.tensor_{j}.weight" for i in range(N_LAYERS) for j in range(TENSORS_PER_LAYER)]
+    path.write_bytes(build.build_gguf(metadata, [(name, 0, (0, 2560), b"") for name in names]))
+
+
+def measure(action: Callable[[], object], n_runs: int) -> tuple[float, float]:
+    """Return the median and the shortest time in ms."""
+    times = []
+    for _ in range(n_runs):
+        start = time.perf_counter()
+        action()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times), min(times)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=9, help="runs of each case but gguf-py's")
+    parser.add_argument("--without-gguf-py", action="store_true")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text-encoder.gguf"
+        write_text_encoder(path)
+        cases = [
+            ("GGUFFile: open", lambda: GGUFFile(path), options.repeat),
+            ("GGUFFile: open, decode tokens", lambda: GGUFFile(path).metadata[TOKENS], options.repeat),
+            ("GGUFFile: open, decode all", lambda: dict(GGUFFile(path).metadata), options.repeat),
+        ]
+        if not options.without_gguf_py:
+            cases.append(("gguf.GGUFReader: open", lambda: gguf.GGUFReader(path), 1))
+        print(f"{path.stat().st_size / 1e6:.1f} MB, {N_LAYERS * TENSORS_PER_LAYER} tensors")
+        print(f"{'case':30} {'median ms':>10} {'best ms':>10} {'n':>3}")
+        for label, action, n_runs in cases:
+            median, best = measure(action, n_runs)
+            print(f"{label:30} {median:10.1f} {best:10.1f} {n_runs:3}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
