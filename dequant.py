@@ -160,4 +160,4 @@ if not hasattr(torch.ops.gguf_kit, "dequantize"):  # a second copy of the pack i
     _library = torch.library.Library("gguf_kit", "FRAGMENT")  # type: ignore[no-untyped-call]
     _library.define(OPERATOR)  # type: ignore[no-untyped-call]
     _library.impl("dequantize", _run_operator, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake("gguf_kit::dequantize", _trace_operator, lib=_library)
+    _library.impl("dequantize", _trace_operator, "Meta")  # type: ignore[no-untyped-call]

@@ -22,14 +22,9 @@ from gguf.constants import GGMLQuantizationType
 
 from ..dequant import dequantize_rows
 
-try:
-    from comfy_kitchen.tensor import QuantizedLayout, register_layout_class, register_layout_op
-    from comfy_kitchen.tensor import QuantizedTensor as KitchenTensor
-except ImportError:
-    KitchenTensor = None
-
 HostTensor = getattr(comfy.quant_ops, "QuantizedTensor", torch.Tensor)
-HAS_KITCHEN = KitchenTensor is not None and HostTensor is KitchenTensor
+# Asked of the host's class, not of the package: an older host may stand beside an installed comfy_kitchen.
+HAS_KITCHEN = HostTensor.__module__.startswith("comfy_kitchen.")
 LAYOUT_NAME = "GGUFLayout"
 
 
@@ -143,6 +138,7 @@ _ROW_OPS: dict[Any, Callable[..., Any]] = {
 # The two representations.
 
 if HAS_KITCHEN:
+    from comfy_kitchen.tensor import QuantizedLayout, register_layout_class, register_layout_op
 
     class GGUFLayout(QuantizedLayout):
         """comfy_kitchen layout of ggml blocks; one inner tensor, no tensor fields."""

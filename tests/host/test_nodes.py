@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node classes: what they offer, what they pass on, and the sentences that reach the user."""
+
+import os
+import re
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+import torch
+from gguf_kit import nodes
+from gguf_kit.errors import GGUFError
+from gguf_kit.gguf_file import GGUFFile
+from gguf_kit.loader import load_diffusion_model
+
+SIX = {
+    "UnetLoaderGGUF": ("Unet Loader (GGUF)", ["unet_name"]),
+    "UnetLoaderGGUFAdvanced": (
+        "Unet Loader (GGUF/Advanced)",
+        ["unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"],
+    ),
+    "CLIPLoaderGGUF": ("CLIPLoader (GGUF)", ["clip_name", "type"]),
+    "DualCLIPLoaderGGUF": ("DualCLIPLoader (GGUF)", ["clip_name1", "clip_name2", "type"]),
+    "TripleCLIPLoaderGGUF": ("TripleCLIPLoader (GGUF)", ["clip_name1", "clip_name2", "clip_name3"]),
+    "QuadrupleCLIPLoaderGGUF": ("QuadrupleCLIPLoader (GGUF)", ["clip_name1", "clip_name2", "clip_name3", "clip_name4"]),
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder that the UNet loader searches."""
+    monkeypatch.setitem(nodes.folder_paths.folder_names_and_paths, "unet_gguf", ([str(tmp_path)], {".gguf"}))
+    monkeypatch.setattr(nodes.folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+def copy_with(source, path, keep=lambda name: True, extra=()):
+    """A copy of a GGUF file with some tensors left out and others added (name, float array)."""
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(path, "flux")
+    for tensor in reader.tensors:
+        if keep(tensor.name):
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    for name, values in extra:
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_the_six_ids_with_their_names_and_inputs_in_order():
+    assert list(nodes.NODE_CLASS_MAPPINGS) == list(SIX)
+    for node_id, (title, inputs) in SIX.items():
+        node = nodes.NODE_CLASS_MAPPINGS[node_id]
+        assert nodes.NODE_DISPLAY_NAME_MAPPINGS[node_id] == title
+        assert list(node.INPUT_TYPES()["required"]) == inputs
+        assert node.CATEGORY == "loaders/gguf"
+        assert callable(getattr(node, node.FUNCTION))
+
+
+def test_every_input_has_a_tooltip():
+    for node in nodes.NODE_CLASS_MAPPINGS.values():
+        for group in node.INPUT_TYPES().values():
+            assert all(options["tooltip"] for _, options in group.values())
+
+
+def test_clip_types_are_those_of_the_host():
+    import nodes as host_nodes
+
+    for ours, theirs in ((nodes.CLIPLoaderGGUF, host_nodes.CLIPLoader), (nodes.DualCLIPLoaderGGUF, host_nodes.DualCLIPLoader)):
+        assert ours.INPUT_TYPES()["required"]["type"][0] == theirs.INPUT_TYPES()["required"]["type"][0]
+
+
+def test_files_in_subfolders_and_in_folders_added_later_are_listed(folder, tiny_flux, tmp_path_factory):
+    (folder / "sub").mkdir()
+    os.link(tiny_flux("Q2_K"), folder / "sub" / "model.GGUF")
+    (folder / "notes.txt").write_text("no model")
+    names = nodes.UnetLoaderGGUF.INPUT_TYPES()["required"]["unet_name"][0]
+    assert names == [os.path.join("sub", "model.GGUF")]
+    later = tmp_path_factory.mktemp("later")
+    os.link(tiny_flux("Q2_K"), later / "other.gguf")
+    nodes.folder_paths.add_model_folder_path("diffusion_models", str(later))
+    try:
+        assert "other.gguf" in nodes.UnetLoaderGGUF.INPUT_TYPES()["required"]["unet_name"][0]
+    finally:
+        nodes.folder_paths.folder_names_and_paths["diffusion_models"][0].remove(str(later))
+
+
+def test_the_loader_node_gives_a_model_that_computes(folder, tiny_flux):
+    os.link(tiny_flux("Q4_K_S"), folder / "m.gguf")
+    (model,) = nodes.UnetLoaderGGUF().load_unet("m.gguf")
+    assert torch.equal(tiny.run(model), tiny.run(tiny.float_model(tiny_flux("Q4_K_S"))))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options"),
+    [
+        (("default", "default", False), (None, None, False)),
+        (("target", "target", True), (None, "target", True)),
+        (("float16", "bfloat16", False), (torch.float16, torch.bfloat16, False)),
+        (("float32", "float32", False), (torch.float32, torch.float32, False)),
+    ],
+    ids=lambda v: str(v[0]),
+)
+def test_the_advanced_node_passes_its_options_to_its_model_alone(folder, tiny_flux, inputs, options):
+    os.link(tiny_flux("Q2_K"), folder / "m.gguf")
+    (model,) = nodes.UnetLoaderGGUFAdvanced().load_unet("m.gguf", *inputs)
+    found = model.model.diffusion_model.double_blocks[0].img_attn.qkv.options
+    assert (found.dequant_dtype, found.patch_dtype, found.patch_on_device) == options
+    (plain,) = nodes.UnetLoaderGGUF().load_unet("m.gguf")
+    assert plain.model.diffusion_model.double_blocks[0].img_attn.qkv.options == nodes.OpsOptions()
+    assert tiny.run(model).isfinite().all()
+
+
+def test_a_replaced_file_counts_as_changed(folder, tiny_flux):
+    path = folder / "m.gguf"
+    os.link(tiny_flux("Q2_K"), path)
+    before = nodes.UnetLoaderGGUF.IS_CHANGED("m.gguf")
+    assert before
+    assert nodes.UnetLoaderGGUF.IS_CHANGED(unet_name="m.gguf") == before
+    os.unlink(path)
+    assert nodes.UnetLoaderGGUF.IS_CHANGED("m.gguf") == ""
+    os.link(tiny_flux("Q4_K_S"), path)
+    assert nodes.UnetLoaderGGUF.IS_CHANGED("m.gguf") not in ("", before)
+    assert nodes.DualCLIPLoaderGGUF.IS_CHANGED(clip_name1="a.gguf", clip_name2="b.gguf", type="flux") == " "
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("tag", ["flux", "pig", ""])
+def test_keys_decide_with_and_without_prefix_and_with_any_tag(tiny_flux, tmp_path, prefix, tag):
+    source = tiny_flux("Q4_K_S")
+    path, writer = tmp_path / "m.gguf", gguf.GGUFWriter(tmp_path / "m.gguf", tag or "none")
+    if not tag:
+        writer.kv_data[0].pop("general.architecture")
+    for tensor in gguf.GGUFReader(source).tensors:
+        writer.add_tensor(prefix + tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert torch.equal(tiny.run(tiny.quantized_model(path)), tiny.run(tiny.float_model(source)))
+
+
+# -- what the user reads when something is wrong ------------------------------------------------------------------------
+
+
+def sentence(path):
+    with pytest.raises(GGUFError) as caught:
+        tiny.quantized_model(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path.name}: ")
+    assert "\n" not in message
+    return message
+
+
+def test_a_model_that_the_host_does_not_know(tmp_path):
+    path = copy_with_only(tmp_path / "new.gguf", {"novel_blocks.0.attn.weight": (64, 64)})
+    assert re.search(r"ComfyUI [\d.]+ does not recognise this model .*too old for it", sentence(path))
+
+
+def copy_with_only(path, shapes):
+    writer = gguf.GGUFWriter(path, "novel")
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.zeros(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_missing_tensors_are_named(tiny_flux, tmp_path):
+    path = copy_with(tiny_flux("Q2_K"), tmp_path / "m.gguf", lambda name: "double_blocks.1.img_mlp" not in name)
+    message = sentence(path)
+    assert "4 tensors that ComfyUI needs are missing: diffusion_model.double_blocks.1.img_mlp.0.weight" in message
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(tiny_flux, tmp_path):
+    name = "single_blocks.1.linear2.weight"
+    wrong = [(name, np.zeros((256, 256), dtype=np.float32))]
+    path = copy_with(tiny_flux("Q2_K"), tmp_path / "m.gguf", lambda n: n != name, wrong)
+    assert "size mismatch for single_blocks.1.linear2.weight: (256, 256) in the file, (256, 1280) in the model" in sentence(path)
+
+
+def test_a_truncated_file_says_how_much_is_missing(tiny_flux, tmp_path):
+    path = tmp_path / "cut.gguf"
+    data = tiny_flux("Q2_K").read_bytes()
+    last = max(t.offset + t.n_bytes for t in GGUFFile(tiny_flux("Q2_K")).tensors.values())
+    path.write_bytes(data[: last - 1000])
+    assert "1000 bytes short" in sentence(path)
+
+
+def test_a_text_encoder_that_is_not_there(monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"absent\.gguf: no such file"):
+        nodes.CLIPLoaderGGUF().load_clip(clip_name="absent.gguf", type="sd3")
+
+
+def test_the_loaded_tensors_are_views_of_one_mapping(tiny_flux):
+    """No weight is copied: the distances of the bytes in memory are those in the file."""
+    path = tiny_flux("Q4_K_S")
+    file = GGUFFile(path)
+    state, _ = load_diffusion_model(path)
+    names = [n for n, t in file.tensors.items() if t.n_bytes]
+    pointers = {n: (state[n].data if hasattr(state[n], "qtype") else state[n]).data_ptr() for n in names}
+    base = pointers[names[0]] - file.tensors[names[0]].offset
+    assert all(pointers[n] == base + file.tensors[n].offset for n in names)
