@@ -103,7 +103,7 @@ def load_diffusion_model(path: str | os.PathLike[str]) -> tuple[StateDict, LoadI
     file = GGUFFile(path)
     if text_encoders.detect(file.tensors) or "token_embd.weight" in file.tensors:
         raise UnsupportedArch(
-            f"it holds a text encoder or language model (general.architecture '{_arch_tag(file)}'), not a diffusion model",
+            f"it holds a text encoder or language model (general.architecture '{_arch_tag(file)}'), no diffusion model",
             path=path,
             hint='Load it with "CLIPLoader (GGUF)".',
         )
@@ -111,7 +111,9 @@ def load_diffusion_model(path: str | os.PathLike[str]) -> tuple[StateDict, LoadI
     shapes = {key: _logical_shape(file, file.tensors[name]) for key, name in names.items()}
     arch = archs.detect(shapes)
     if arch is not None and arch.reject:
-        raise UnsupportedArch(f"it is {arch.title}, which cannot be loaded from GGUF", path=path, hint=f"{arch.reject}.")
+        raise UnsupportedArch(
+            f"it is {arch.title}, which cannot be loaded from GGUF", path=path, hint=f"{arch.reject}."
+        )
     return _read(file, names, arch.title if arch else "unrecognised model")
 
 

@@ -14,6 +14,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+
 from nodes import CLIPLoader, DualCLIPLoader
 
 from .errors import GGUFError, UnsupportedArch, name_list
@@ -60,8 +61,7 @@ def to_host(state: StateDict) -> dict[str, torch.Tensor]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MODEL
+# -- MODEL --
 
 
 def load_model(path: str, options: OpsOptions, disable_dynamic: bool = False) -> Any:
@@ -120,12 +120,16 @@ class UnetLoaderGGUF:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (the host's name)
-        return {"required": {"unet_name": _file_input(list_files("unet_gguf"), "models/diffusion_models or models/unet")}}
+        return {
+            "required": {"unet_name": _file_input(list_files("unet_gguf"), "models/diffusion_models or models/unet")}
+        }
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "load_unet"
     CATEGORY = "loaders/gguf"
-    DESCRIPTION = "Load a GGUF diffusion model. Its weights stay quantized in memory and are dequantized as they are used."
+    DESCRIPTION = (
+        "Load a GGUF diffusion model. Its weights stay quantized in memory and are dequantized as they are used."
+    )
 
     @classmethod
     def IS_CHANGED(cls, unet_name: str, **inputs: Any) -> str:  # noqa: N802
@@ -158,25 +162,25 @@ class UnetLoaderGGUFAdvanced(UnetLoaderGGUF):
                 _DTYPE_CHOICES,
                 {
                     "default": "default",
-                    "tooltip": "Type that weights are rounded to before the model's own compute type. default, target and "
-                    "float32 give the same: computed in float32, rounded once to the compute type. float16 and bfloat16 "
-                    "round once more; they exist for comparison, not for speed.",
+                    "tooltip": "Type that weights are rounded to before the model's own compute type. default, target "
+                    "and float32 give the same: computed in float32, rounded once to the compute type. float16 and "
+                    "bfloat16 round once more; they exist for comparison, not for speed.",
                 },
             ),
             "patch_dtype": (
                 _DTYPE_CHOICES,
                 {
                     "default": "default",
-                    "tooltip": "Type in which LoRAs and other patches are computed. default: the compute type for plain "
-                    "LoRAs, float32 for patches that change the weight itself. target: always the compute type.",
+                    "tooltip": "Type in which LoRAs and other patches are computed. default: the compute type for "
+                    "plain LoRAs, float32 for patches that change the weight itself. target: always the compute type.",
                 },
             ),
             "patch_on_device": (
                 "BOOLEAN",
                 {
                     "default": False,
-                    "tooltip": "Keep plain LoRAs in GPU memory between steps instead of copying them at each step. Faster; "
-                    "costs their size, which ComfyUI does not count.",
+                    "tooltip": "Keep plain LoRAs in GPU memory between steps instead of copying them at each step. "
+                    "Faster; costs their size, which ComfyUI does not count.",
                 },
             ),
         }
@@ -189,13 +193,10 @@ def _file_input(names: list[str], folders: str) -> tuple[list[str], dict[str, An
     return names, {"tooltip": f"A file in {folders}, or in a folder of extra_model_paths.yaml."}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CLIP
+# -- CLIP --
 
 
-def load_clip(
-    paths: tuple[str, ...], clip_type: Any, device: str = "default", disable_dynamic: bool = False
-) -> Any:
+def load_clip(paths: tuple[str, ...], clip_type: Any, device: str = "default", disable_dynamic: bool = False) -> Any:
     """Text encoders from GGUF and safetensors files, in the order of the node's inputs, as the host's CLIP.
 
     Args:
@@ -277,7 +278,9 @@ class CLIPLoaderGGUF:
         for name in (names[key] for key in self._file_inputs()):
             path = _encoder_path(name)
             if path is None:
-                raise FileNotFoundError(f"{name}: no such file in the text_encoders folders. Refresh the page and choose another.")
+                raise FileNotFoundError(
+                    f"{name}: no such file in the text_encoders folders. Refresh the page and choose another."
+                )
             paths.append(path)
         return (load_clip(tuple(paths), clip_type, device),)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGML-aware layers for ComfyUI models: keep the bytes, dequantize in the forward, apply patches, multiply.
 
-make_ops() gives the `custom_operations` of one load: a namespace of layer classes that carry that load's options, so two
-loaded models never share them. Layers that cannot compute from bytes (norms, transposed convolutions) dequantize a
+make_ops() gives the `custom_operations` of one load: a namespace of layer classes that carry that load's options, so
+two loaded models never share them. Layers that cannot compute from bytes (norms, transposed convolutions) dequantize a
 quantized weight when it is loaded. To make another layer keep its bytes, derive it from QuantizedLayer here.
 """
 
@@ -35,7 +35,6 @@ from .host.lora import (
     prefers_side_path,
 )
 
-
 _LazyDevice = collections.namedtuple("_LazyDevice", ["type", "index"])
 
 
@@ -44,7 +43,7 @@ class OpsOptions:
     """How the layers of one loaded model compute.
 
     Attributes:
-        dequant_dtype: dtype the weights are rounded to before they are cast to the compute dtype; None: only the latter.
+        dequant_dtype: dtype the weights are rounded to before they are cast to the compute dtype; None: only that.
         patch_dtype: dtype in which LoRA and other patches are computed; "target": the compute dtype; None: the compute
             dtype for plain LoRA, float32 for all that changes the weight itself.
         patch_on_device: keep the LoRA factors on the compute device between steps.
@@ -58,9 +57,9 @@ class OpsOptions:
 class LazyWeight(torch.Tensor):
     """What state_dict() holds for a quantized weight: a float tensor that is made when somebody moves or converts it.
 
-    The host weighs a model by its state dict and saves it through safetensors, which calls .to("cpu") on each tensor just
-    before writing it. So it reports the bytes the weight occupies, its logical shape and dtype, and makes the float
-    weight, patches merged, only in .to().
+    The host weighs a model by its state dict and saves it through safetensors, which calls .to("cpu") on each tensor
+    just before writing it. So it reports the bytes the weight occupies, its logical shape and dtype, and makes the
+    float weight, patches merged, only in .to().
 
     Attributes:
         module: the layer that holds the weight.
@@ -126,7 +125,7 @@ class QuantizedLayer(PatchableWeight):
         self.weight_comfy_model_dtype = dtype
         self.bias_comfy_model_dtype = dtype
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- state --
 
     def _load_from_state_dict(
         self,
@@ -147,14 +146,18 @@ class QuantizedLayer(PatchableWeight):
                 zeros = torch.zeros(shape, dtype=self.weight_comfy_model_dtype)
                 self._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
             elif tuple(value.shape) != shape:
-                error_msgs.append(f"size mismatch for {prefix}{name}: {tuple(value.shape)} in the file, {shape} in the model")
+                error_msgs.append(
+                    f"size mismatch for {prefix}{name}: {tuple(value.shape)} in the file, {shape} in the model"
+                )
             else:
                 self._parameters[name] = self._adopt(name, value)
         if strict:
             unexpected_keys += [
                 key
                 for key in state_dict
-                if key.startswith(prefix) and "." not in key[len(prefix) :] and key[len(prefix) :] not in self._expected_shapes
+                if key.startswith(prefix)
+                and "." not in key[len(prefix) :]
+                and key[len(prefix) :] not in self._expected_shapes
             ]
 
     def _adopt(self, name: str, value: torch.Tensor) -> torch.Tensor:
@@ -181,14 +184,19 @@ class QuantizedLayer(PatchableWeight):
                 self._parameters[name] = as_param(new) if is_quantized(new) else torch.nn.Parameter(new, False)
         return self
 
-    # -- what a host's patcher calls when it patches a weight itself ------------------------------------------------------
+    # -- what a host's patcher calls when it patches a weight itself --
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: Any) -> torch.Tensor:
         """Quantized to float, for arithmetic; float weights pass."""
         return dequantize_weight(weight, weight.dtype) if is_quantized(weight) else weight
 
     def set_weight(
-        self, weight: torch.Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False, **kwargs: Any
+        self,
+        weight: torch.Tensor,
+        inplace_update: bool = False,
+        seed: int | None = None,
+        return_weight: bool = False,
+        **kwargs: Any,
     ) -> torch.Tensor | None:
         """Put a patched float weight in place of the loaded one, or only return it.
 
@@ -209,7 +217,7 @@ class QuantizedLayer(PatchableWeight):
         merged = dequantize_weight(weight, torch.float32)
         return (patch_weight(merged, patches, key, weight) if patches else merged).to(weight.dtype)
 
-    # -- forward ---------------------------------------------------------------------------------------------------------
+    # -- forward --
 
     def float_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A weight that cast_weight() gave, as a private float tensor without patches."""

@@ -3,8 +3,8 @@
 
 Two representations of a weight, one surface. Where the host's comfy.quant_ops uses comfy_kitchen, a weight is a plain
 comfy_kitchen QuantizedTensor with GGUFLayout, so that the host can page, pin and copy its bytes; on older hosts it is
-GGUFTensor below. Both show the logical shape and a float dtype, and hold the bytes in `_qdata`, uint8 (n_rows, row_bytes).
-Features are detected, versions are never compared. To support a new host, change this file only.
+GGUFTensor below. Both show the logical shape and a float dtype, and hold the bytes in `_qdata`, uint8 (n_rows,
+row_bytes). Features are detected, versions are never compared. To support a new host, change this file only.
 """
 
 from __future__ import annotations
@@ -60,12 +60,11 @@ def _dequantize(qdata: torch.Tensor, params: WeightParams, dtype: torch.dtype) -
     return dequantize_rows(qdata, params.qtype, dtype).reshape(params.orig_shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Row operations: a slice of dim 0 is a slice of bytes, so model code that splits a fused qkv keeps it quantized.
+# -- Row operations: a slice of dim 0 is a slice of bytes, so model code that splits a fused qkv keeps it quantized. --
 
 
 def indexed_bytes(weight: torch.Tensor) -> torch.Tensor | None:
-    """The bytes of a quantized weight by index of dim 0: uint8 (shape[0], bytes), or None when a row of bytes spans two."""
+    """The bytes of a quantized weight by index of dim 0: uint8 (shape[0], bytes), or None when a row spans two."""
     n, qdata = weight.shape[0] if weight.dim() > 1 else 0, weight._qdata
     return qdata.reshape(n, -1) if n and qdata.shape[0] % n == 0 else None
 
@@ -134,8 +133,7 @@ _ROW_OPS: dict[Any, Callable[..., Any]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The two representations.
+# -- The two representations. --
 
 if HAS_KITCHEN:
     from comfy_kitchen.tensor import QuantizedLayout, register_layout_class, register_layout_op
@@ -147,7 +145,9 @@ if HAS_KITCHEN:
 
         @classmethod
         def quantize(cls, tensor: torch.Tensor, **kwargs: Any) -> Any:
-            raise NotImplementedError("GGUF weights are never quantized again by the host; patches are applied in the forward")
+            raise NotImplementedError(
+                "GGUF weights are never quantized again by the host; patches are applied in the forward"
+            )
 
         @classmethod
         def dequantize(cls, qdata: torch.Tensor, params: WeightParams) -> torch.Tensor:
@@ -217,7 +217,9 @@ else:
             return ["_qdata"], self._params
 
         @staticmethod
-        def __tensor_unflatten__(inner: dict[str, torch.Tensor], params: WeightParams, size: Any, stride: Any) -> GGUFTensor:
+        def __tensor_unflatten__(
+            inner: dict[str, torch.Tensor], params: WeightParams, size: Any, stride: Any
+        ) -> GGUFTensor:
             return GGUFTensor(inner["_qdata"], params)
 
         @classmethod
@@ -284,8 +286,7 @@ else:
         return isinstance(tensor, GGUFTensor)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The surface that ops, patcher and nodes use.
+# -- The surface that ops, patcher and nodes use. --
 
 
 def wrap(
@@ -297,7 +298,7 @@ def wrap(
         data: uint8 (n_rows, row_bytes), contiguous, on any device.
         qtype: encoding of the bytes.
         shape: logical shape, torch order.
-        dtype: the float dtype to claim. The host reads it when it chooses a model dtype; bfloat16 leaves that choice alone.
+        dtype: the float dtype to claim. The host reads it when it chooses a model dtype; bfloat16 leaves it free.
     """
     return _build(data, WeightParams(qtype, dtype, tuple(shape)))
 
@@ -344,8 +345,8 @@ def cast_weight(op: Any, x: torch.Tensor, bias_dtype: torch.dtype) -> tuple[torc
     """Bring an op's weight, still quantized, and its bias to x's device through the host's own machinery.
 
     Returns:
-        weight: quantized (a float tensor where the host could not keep the bytes), bias in `bias_dtype` or None, and the
-        token that release_weight() takes after the last use of both.
+        weight: quantized (a float tensor where the host could not keep the bytes), bias in `bias_dtype` or None, and
+        the token that release_weight() takes after the last use of both.
     """
     view = _CastView(op) if op.weight_function else op
     return comfy.ops.cast_bias_weight(

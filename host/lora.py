@@ -55,8 +55,8 @@ class PatchableWeight:
 
     Sources: the host's LowVramPatch in `weight_function` (offloaded layer), `_loaded_patch` (set by our patcher for a
     layer that is fully loaded) and `_dynamic_patch` (what a dynamic patcher assigns to `weight_lowvram_function`). They
-    describe the same patches, so at most one is used; two can be set at once after a partial unload. `_hook_patch` comes
-    on top: patches of the hooks that are active at this step.
+    describe the same patches, so at most one is used; two can be set at once after a partial unload. `_hook_patch`
+    comes on top: patches of the hooks that are active at this step.
     """
 
     _loaded_patch: PatchRef | None = None

@@ -68,10 +68,15 @@ class GGUFPatcher(comfy.model_patcher.ModelPatcher):
             entries.append((offload_bytes, *entry[1:]))
         return entries
 
-    # -- hooks: patches that come and go while sampling ---------------------------------------------------------------
+    # -- hooks: patches that come and go while sampling --
 
     def patch_hook_weight_to_device(
-        self, hooks: Any, combined_patches: dict[str, Any], key: str, original_weights: dict[str, Any], memory_counter: Any
+        self,
+        hooks: Any,
+        combined_patches: dict[str, Any],
+        key: str,
+        original_weights: dict[str, Any],
+        memory_counter: Any,
     ) -> None:
         module = quantized_module(self.model, key)
         if module is None or key not in combined_patches:
@@ -99,12 +104,9 @@ class GGUFPatcher(comfy.model_patcher.ModelPatcher):
 
 
 def compute_dtype(model: Any) -> torch.dtype:
-    """The dtype that a model's activations have: what the host chose for a diffusion model, float32 in text encoders."""
+    """The dtype of a model's activations: what the host chose for a diffusion model, float32 in text encoders."""
     get_dtype = getattr(model, "get_dtype", None)
     return (model.manual_cast_dtype or get_dtype()) if get_dtype is not None else torch.float32
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def adopt(patcher: Any, reload: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
@@ -128,7 +130,7 @@ def _convert(patcher: Any) -> None:
 
 
 def _reserve_memory(model: Any) -> None:
-    """Add to what the host expects a step to need: the largest weight dequantized, twice for the layer that reshapes it."""
+    """Add the largest weight dequantized, twice for layers that reshape it, to what the host expects a step to need."""
     base = getattr(type(model), "memory_required", None)
     largest = max((m.weight.numel() for _, m in quantized_modules(model)), default=0)
     if base is None or not largest:

@@ -53,8 +53,17 @@ _FLUX_GUIDANCE = "guidance_in.in_layer.weight"
 _PACKED_LATENT = (None, 64)  # 16 channels in 2x2 patches
 
 ARCHS: tuple[Arch, ...] = (
-    Arch("flux", "Flux.1 dev", {_FLUX_BLOCK: None, _FLUX_VECTOR: None, _FLUX_GUIDANCE: None, "img_in.weight": _PACKED_LATENT}),
-    Arch("flux", "Flux.1 schnell", {_FLUX_BLOCK: None, _FLUX_VECTOR: None, "img_in.weight": _PACKED_LATENT}, (_FLUX_GUIDANCE,)),
+    Arch(
+        "flux",
+        "Flux.1 dev",
+        {_FLUX_BLOCK: None, _FLUX_VECTOR: None, _FLUX_GUIDANCE: None, "img_in.weight": _PACKED_LATENT},
+    ),
+    Arch(
+        "flux",
+        "Flux.1 schnell",
+        {_FLUX_BLOCK: None, _FLUX_VECTOR: None, "img_in.weight": _PACKED_LATENT},
+        (_FLUX_GUIDANCE,),
+    ),
     Arch("flux", "Flux.1 Fill", {_FLUX_BLOCK: None, _FLUX_VECTOR: None, "img_in.weight": (None, 384)}),
     Arch("flux", "Flux.1 Canny or Depth", {_FLUX_BLOCK: None, _FLUX_VECTOR: None, "img_in.weight": (None, 128)}),
     Arch(

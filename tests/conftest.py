@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers the pack as `gguf_kit` and keeps torch on one intra-op thread (two on a busy machine can be 30 times slower)."""
+"""Registers the pack as `gguf_kit`, makes the tiny Flux's files, and keeps torch on one intra-op thread.
+
+Two threads on a busy two-core machine can be thirty times slower than one.
+"""
 
 import functools
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What loading costs: seconds and resident memory for a large Flux-shaped file in a real ComfyUI, and the pack's import.
+"""What loading costs: seconds and memory for a large Flux-shaped file in a real ComfyUI, and the pack's import.
 
     python tests/bench/bench_load.py [--gigabytes 1.5] [--qtype Q4_K]
 
-Needs a ComfyUI (COMFYUI_PATH, else the one that the demo fetches). Each figure comes from a fresh process; memory is the
-peak resident size of the process (VmHWM, Linux) over what it was just before. The file is random bytes with finite scales.
+Needs a ComfyUI (COMFYUI_PATH, else the one that the demo fetches). Each figure comes from a fresh process; memory is
+the peak resident size of the process (VmHWM, Linux) over what it was just before. The file is random bytes with finite
+scales.
 """
 
 from __future__ import annotations
@@ -66,9 +67,8 @@ def write_model(path: Path, gigabytes: float, qtype_name: str) -> None:
     import _pack  # noqa: F401
     import gguf
     import numpy as np
-    from quant_data import random_blocks  # blocks with finite scales
-
     from gguf_kit.layouts import LAYOUTS, n_bytes
+    from quant_data import random_blocks  # blocks with finite scales
 
     qtype = gguf.GGMLQuantizationType[qtype_name]
     per_block = sum(n_bytes(qtype, s) for s in DOUBLE.values()) + 2 * sum(n_bytes(qtype, s) for s in SINGLE.values())
@@ -97,6 +97,7 @@ def boot_host() -> None:
 
     args.cpu = True
     import comfy.sd  # noqa: F401
+
     import nodes  # noqa: F401
 
 

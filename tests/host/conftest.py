@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+
 from demo.host import get_host
 
 

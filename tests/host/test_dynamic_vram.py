@@ -67,7 +67,11 @@ def test_lora_is_applied_and_never_written_back(pair, vbar, resident, batch):
 
 def test_loras_change_between_prompts_and_after_eviction(pair, vbar):
     dense, path = pair
-    plain, first, second = expected(dense), expected(dense, tiny.lora(1)), expected(dense, tiny.lora(2), tiny.split_lora())
+    plain, first, second = (
+        expected(dense),
+        expected(dense, tiny.lora(1)),
+        expected(dense, tiny.lora(2), tiny.split_lora()),
+    )
     base = tiny.quantized_model(path)
     one = tiny.with_patches(base, tiny.lora(1))
     two = tiny.with_patches(base, tiny.lora(2), tiny.split_lora())

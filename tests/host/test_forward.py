@@ -47,9 +47,7 @@ def test_every_block_matrix_stays_quantized_in_memory(tiny_flux):
     model = tiny.quantized_model(tiny_flux("Q4_K_S")).model
     quantized = {name for name, _ in quantized_modules(model)}
     blocks = {
-        name
-        for name, module in model.named_modules()
-        if "_blocks." in name and isinstance(module, torch.nn.Linear)
+        name for name, module in model.named_modules() if "_blocks." in name and isinstance(module, torch.nn.Linear)
     }
     assert len(blocks) == 32
     assert quantized == blocks

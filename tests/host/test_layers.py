@@ -115,7 +115,9 @@ def test_a_wrong_shape_is_an_error_and_a_missing_tensor_is_reported():
     assert result.missing_keys == ["weight"]
     assert module.missing == ("weight",)
     with pytest.raises(RuntimeError, match="other"):
-        module.load_state_dict({"weight": quantized((128, 512), Q.Q4_K)[0], "bias": torch.zeros(128), "other": torch.zeros(1)})
+        module.load_state_dict(
+            {"weight": quantized((128, 512), Q.Q4_K)[0], "bias": torch.zeros(128), "other": torch.zeros(1)}
+        )
 
 
 # dequant_dtype x compute dtype x activations: stated error against float64 arithmetic on the same weights and inputs.
@@ -172,7 +174,7 @@ def test_weight_wrappers_of_the_host_run_last():
     assert torch.equal(module(x), torch.nn.functional.linear(x, weight * 2, bias))
 
 
-# -- the weight as a tensor: what model code and the host may do with it ------------------------------------------------
+# -- the weight as a tensor: what model code and the host may do with it --
 
 
 def test_splitting_a_fused_weight_keeps_the_parts_quantized(inference_mode):
@@ -221,7 +223,7 @@ def test_casting_changes_the_claim_not_the_bytes(inference_mode):
     assert torch.equal(clone._qdata, weight._qdata)
 
 
-# -- the host's interfaces ------------------------------------------------------------------------------------------------
+# -- the host's interfaces --
 
 
 def test_overrides_accept_every_call_that_the_host_makes():

@@ -96,7 +96,9 @@ def test_patch_on_device_keeps_the_factors_until_the_patches_change(tiny_flux):
         quantized = tiny.with_patches(base, tiny.lora(seed))
         for _ in range(2):
             assert tiny.relative(tiny.run(quantized), tiny.run(tiny.with_patches(dense, tiny.lora(seed)))) < EXACT
-        kept = [m for _, m in quantized_modules(base.model) if m._loaded_patch and hasattr(m._loaded_patch, "_gguf_factors")]
+        kept = [
+            m for _, m in quantized_modules(base.model) if m._loaded_patch and hasattr(m._loaded_patch, "_gguf_factors")
+        ]
         assert len(kept) == 5
 
 
@@ -129,9 +131,7 @@ def test_full_load_then_partial_unload_then_full_load(pair):
     quantized.partially_load(tiny.CPU, extra_memory=1e12)
     assert tiny.relative(tiny.run(quantized, load=False), expected) < EXACT
     quantized.detach()
-    assert all(
-        m._loaded_patch is None and m.weight_function == [] for _, m in quantized_modules(quantized.model)
-    )
+    assert all(m._loaded_patch is None and m.weight_function == [] for _, m in quantized_modules(quantized.model))
     assert torch.equal(tiny.run(pair[0]), plain)
 
 
@@ -183,7 +183,6 @@ def test_model_merge_of_two_quantized_models(tiny_flux):
 def test_a_lora_reaches_every_key_it_names_through_the_host_key_map(pair):
     import comfy.lora
 
-    quantized, dense = pair
     maps = [comfy.lora.model_lora_keys_unet(p.model, {}) for p in pair]
     assert maps[0] == maps[1]
     assert "lora_unet_double_blocks_0_img_attn_qkv" in maps[0]

@@ -69,7 +69,10 @@ def test_every_input_has_a_tooltip():
 def test_clip_types_are_those_of_the_host():
     import nodes as host_nodes
 
-    for ours, theirs in ((nodes.CLIPLoaderGGUF, host_nodes.CLIPLoader), (nodes.DualCLIPLoaderGGUF, host_nodes.DualCLIPLoader)):
+    for ours, theirs in (
+        (nodes.CLIPLoaderGGUF, host_nodes.CLIPLoader),
+        (nodes.DualCLIPLoaderGGUF, host_nodes.DualCLIPLoader),
+    ):
         assert ours.INPUT_TYPES()["required"]["type"][0] == theirs.INPUT_TYPES()["required"]["type"][0]
 
 
@@ -143,7 +146,7 @@ def test_keys_decide_with_and_without_prefix_and_with_any_tag(tiny_flux, tmp_pat
     assert torch.equal(tiny.run(tiny.quantized_model(path)), tiny.run(tiny.float_model(source)))
 
 
-# -- what the user reads when something is wrong ------------------------------------------------------------------------
+# -- what the user reads when something is wrong --
 
 
 def sentence(path):
@@ -181,7 +184,10 @@ def test_a_tensor_of_the_wrong_shape_is_named(tiny_flux, tmp_path):
     name = "single_blocks.1.linear2.weight"
     wrong = [(name, np.zeros((256, 256), dtype=np.float32))]
     path = copy_with(tiny_flux("Q2_K"), tmp_path / "m.gguf", lambda n: n != name, wrong)
-    assert "size mismatch for single_blocks.1.linear2.weight: (256, 256) in the file, (256, 1280) in the model" in sentence(path)
+    assert (
+        "size mismatch for single_blocks.1.linear2.weight: (256, 256) in the file, (256, 1280) in the model"
+        in sentence(path)
+    )
 
 
 def test_a_truncated_file_says_how_much_is_missing(tiny_flux, tmp_path):

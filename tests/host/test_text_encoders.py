@@ -29,7 +29,7 @@ SMALL = {
     "model_type": "t5",
     "vocab_size": 500,
 }
-# The size that the host's detection knows by its own name, T5 base: 12 layers of 768, with and without a gate in the MLP.
+# A size that the host's detection knows: T5 base, 12 layers of 768, no gate in the MLP.
 BASE = SMALL | {"num_layers": 12, "d_model": 768, "num_heads": 12, "d_ff": 3072, "vocab_size": 32128}
 BASE |= {"dense_act_fn": "relu", "is_gated_act": False}
 
@@ -132,7 +132,10 @@ def test_saving_a_text_encoder_gives_float_weights(t5_base):
 
 def test_flux_takes_a_gguf_t5_beside_a_safetensors_clip(tmp_path, monkeypatch):
     """DualCLIPLoader (GGUF), type flux, with the host's own Flux text model around a smaller T5."""
-    t5, clip_l = write_t5(tmp_path / "t5-Q4_K.gguf", SMALL | {"d_model": 4096, "vocab_size": 32128}, Q.Q4_K), tmp_path / "clip_l.safetensors"
+    t5, clip_l = (
+        write_t5(tmp_path / "t5-Q4_K.gguf", SMALL | {"d_model": 4096, "vocab_size": 32128}, Q.Q4_K),
+        tmp_path / "clip_l.safetensors",
+    )
     safetensors.torch.save_file(random_clip_l(), clip_l)
     load = comfy.sd.load_text_encoder_state_dicts
     small = {"t5xxl_model_config": SMALL | {"d_model": 4096, "vocab_size": 32128}}
@@ -147,7 +150,9 @@ def test_flux_takes_a_gguf_t5_beside_a_safetensors_clip(tmp_path, monkeypatch):
         monkeypatch.setitem(nodes.folder_paths.folder_names_and_paths, key, ([*paths, str(tmp_path)], extensions))
     (clip,) = nodes.DualCLIPLoaderGGUF().load_clip(clip_name1=clip_l.name, clip_name2=t5.name, type="flux")
     dense = load_small(
-        [safetensors.torch.load_file(clip_l), float_state(t5)], clip_type=comfy.sd.CLIPType.FLUX, model_options={"dtype": torch.float32}
+        [safetensors.torch.load_file(clip_l), float_state(t5)],
+        clip_type=comfy.sd.CLIPType.FLUX,
+        model_options={"dtype": torch.float32},
     )
     with torch.inference_mode():
         actual, expected = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny Flux in a host: as GGUF through the pack, and the same weights dequantized beforehand through the host alone."""
+"""The tiny Flux in a host: as GGUF through the pack, and its weights dequantized beforehand through the host alone."""
 
 from __future__ import annotations
 

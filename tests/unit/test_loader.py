@@ -176,11 +176,13 @@ def test_a_type_without_dequantizer_is_refused_by_name(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedQtype, match=r"a\.gguf: tensor 'x\.weight' has qtype Q8_K.*Use a file with one of:.*Q4_K"):
+    with pytest.raises(
+        UnsupportedQtype, match=r"a\.gguf: tensor 'x\.weight' has qtype Q8_K.*Use a file with one of:.*Q4_K"
+    ):
         load_diffusion_model(path)
 
 
-# -- wrong things in the wrong loader --------------------------------------------------------------------------------------
+# -- wrong things in the wrong loader --
 
 
 def test_flux_in_diffusers_layout_is_refused(tmp_path):
@@ -202,7 +204,7 @@ def test_a_diffusion_model_in_the_clip_loader_is_sent_to_the_unet_loader(tmp_pat
         load_text_encoder(write(tmp_path / "a.gguf", FLUX))
 
 
-# -- text encoders ---------------------------------------------------------------------------------------------------------
+# -- text encoders --
 
 
 @pytest.mark.parametrize("arch", ["t5", "t5encoder", "pig", None])
@@ -235,7 +237,10 @@ def test_a_text_encoder_with_native_names_passes(tmp_path):
     [
         (T5 | {"dec.blk.0.attn_q.weight": (64, 64)}, "full encoder-decoder"),
         (T5 | {"enc.blk.1.attn_rel_b.weight": (32, 4)}, "UMT5"),
-        (T5 | {"enc.blk.3.surprise.weight": (64, 64)}, r"1 tensor names match no T5 v1.1 rule: enc\.blk\.3\.surprise\.weight"),
+        (
+            T5 | {"enc.blk.3.surprise.weight": (64, 64)},
+            r"1 tensor names match no T5 v1.1 rule: enc\.blk\.3\.surprise\.weight",
+        ),
         ({"token_embd.weight": (100, 64), "blk.0.attn_q.weight": (64, 64)}, "no text encoder that can be loaded"),
     ],
     ids=["decoder", "umt5", "unknown name", "chat model"],
