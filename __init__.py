@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF Kit for ComfyUI: the host imports this file and reads the two mappings.
+"""GGUF Kit for ComfyUI: the host imports this file and reads its three names.
 
 Outside a host (tests, tools) this file is not imported as a package, and nothing happens.
 """
@@ -7,4 +7,5 @@ Outside a host (tests, tools) this file is not imported as a package, and nothin
 if __package__:
     from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
-    __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+    WEB_DIRECTORY = "web"
+    __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

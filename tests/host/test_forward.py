@@ -8,6 +8,7 @@ import comfy.sample
 import pytest
 import tiny
 import torch
+from comfy.cli_args import args
 from gguf_kit.gguf_file import GGUFFile
 from gguf_kit.host.compat import is_quantized, quantized_modules
 from gguf_kit.loader import PLAIN_DTYPES
@@ -78,6 +79,24 @@ def test_two_loaded_models_keep_their_own_options(tiny_flux):
     assert torch.equal(tiny.run(default), exact)
     assert 1e-5 < tiny.relative(tiny.run(rounded), exact) < 2e-2
     assert torch.equal(tiny.run(default), exact)
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0], ids=["ordinary latents", "inflated latents"])
+@pytest.mark.parametrize("flag", ["bf16_unet", "fp16_unet", None])
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q4_K_S"])
+def test_no_black_pictures_in_any_model_dtype_on_a_cpu(tiny_flux, monkeypatch, type_name, flag, scale):
+    """The host's own choice of model and compute type for these flags, against float32."""
+    path, (x, *others) = tiny_flux(type_name), tiny.inputs(2)
+    monkeypatch.setattr(tiny, "inputs", lambda batch: (x * scale, *others))
+    expected = tiny.run(tiny.quantized_model(path))
+    monkeypatch.setattr(args, "fp32_unet", False)
+    if flag:
+        monkeypatch.setattr(args, flag, True)
+    patcher = tiny.quantized_model(path)
+    assert (patcher.model.get_dtype() == torch.float16) == (flag == "fp16_unet")
+    result = tiny.run(patcher)
+    assert result.isfinite().all()
+    assert tiny.relative(result, expected) < 2e-2
 
 
 def test_moving_the_model_replaces_parameters_and_keeps_results(tiny_flux, inference_mode):

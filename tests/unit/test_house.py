@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house as the README draws it: who imports whom, and who knows ComfyUI."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Each room may import from those to its left in one of these lines, directly or further left.
+LINES = (
+    (("errors", "layouts"), ("gguf_file", "kernels"), ("dequant",), ("models",), ("loader",)),
+    (("dequant",), ("host.compat",), ("host.lora",), ("ops",), ("host.patcher",)),
+    (("loader", "ops", "host.compat", "host.patcher", "errors"), ("nodes",), ("__init__",)),
+)
+KNOW_COMFY = ("nodes", "ops", "host.compat", "host.lora", "host.patcher")
+HOST_MODULES = {"comfy", "nodes", "folder_paths", "comfyui_version", "comfy_kitchen"}
+MODULES = sorted(
+    path
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("host/*.py")]
+    if path.name != "noxfile.py"
+)
+
+
+def room(module):
+    """A module's name in LINES: kernels.x and models.x are one room each, host's modules are rooms of their own."""
+    return module.split(".")[0] if module.split(".")[0] in ("kernels", "models") else module
+
+
+def left_of(name):
+    """Rooms that a room may import from."""
+    allowed = {name}
+    grew = True
+    while grew:
+        size = len(allowed)
+        for line in LINES:
+            for i, names in enumerate(line):
+                if allowed & set(names):
+                    allowed |= {left for group in line[:i] for left in group}
+        grew = len(allowed) > size
+    return allowed
+
+
+def imports(path):
+    """(pack modules, top-level packages) that a file imports anywhere in it."""
+    package = list(path.relative_to(ROOT).parts[:-1])
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            others.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            target = [*base, *(node.module or "").split(".")] if node.module else base
+            names = [[*target, alias.name] for alias in node.names]
+            ours |= {".".join(n if (ROOT.joinpath(*n)).with_suffix(".py").exists() else n[:-1]) for n in names}
+    return ours, others
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_imports_only_rooms_to_its_left(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    ours, others = imports(path)
+    allowed = left_of(room(module.removesuffix(".__init__") if "." in module else module))
+    assert {room(name) for name in ours} <= allowed
+    assert "tools" not in {name.split(".")[0] for name in ours}
+    if room(module) not in KNOW_COMFY:
+        assert not others & HOST_MODULES
+
+
+def test_the_check_sees_what_it_should():
+    assert left_of("loader") == {"loader", "models", "dequant", "gguf_file", "kernels", "errors", "layouts"}
+    assert "loader" not in left_of("ops")
+    assert imports(ROOT / "loader.py")[0] >= {"dequant", "errors", "gguf_file", "models.archs", "models.text_encoders"}
+    assert "comfy" in imports(ROOT / "host" / "lora.py")[1]
