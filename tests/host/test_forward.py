@@ -5,19 +5,56 @@ import math
 
 import comfy.model_management
 import comfy.sample
+import numpy as np
 import pytest
 import tiny
 import torch
 from comfy.cli_args import args
 from gguf_kit.gguf_file import GGUFFile
 from gguf_kit.host.compat import is_quantized, quantized_modules
-from gguf_kit.loader import PLAIN_DTYPES
+from gguf_kit.loader import PLAIN_DTYPES, load_diffusion_model
 
 
 @pytest.mark.parametrize("type_name", tiny.TYPES)
 def test_apply_model_equals_the_dequantized_model(tiny_flux, type_name, inference_mode):
     path = tiny_flux(type_name)
     assert torch.equal(tiny.run(tiny.quantized_model(path)), tiny.run(tiny.float_model(path)))
+
+
+def _random(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32) * np.float32(0.05)
+
+
+GUIDANCE = {
+    "guidance_in.in_layer.weight": _random(256, 256),
+    "guidance_in.in_layer.bias": _random(256),
+    "guidance_in.out_layer.weight": _random(256, 256, seed=1),
+    "guidance_in.out_layer.bias": _random(256, seed=1),
+}
+LATENT = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    ("title", "extra", "conditions"),
+    [
+        ("Flux.1 schnell", {}, {}),
+        ("Flux.1 dev", GUIDANCE, {"guidance": torch.tensor([3.5, 3.5])}),
+        ("Flux.1 dev", GUIDANCE, {"guidance": torch.tensor([2.5, 2.5]), "ref_latents": [LATENT]}),
+        ("Flux.1 Fill", GUIDANCE | {"img_in.weight": _random(256, 384)}, {"c_concat": LATENT.repeat(1, 5, 1, 1)}),
+        ("Flux.1 Canny or Depth", GUIDANCE | {"img_in.weight": _random(256, 128)}, {"c_concat": LATENT}),
+    ],
+    ids=["schnell", "dev", "kontext", "fill", "canny or depth"],
+)
+def test_every_flux_variant_equals_its_dequantized_model(tiny_flux, tmp_path, title, extra, conditions, prefix):
+    path = tiny.copy_file(tiny_flux("Q4_K_S"), tmp_path / "flux.gguf", extra=extra, prefix=prefix)
+    assert load_diffusion_model(path)[1].title == title
+    if extra:
+        conditions = {"guidance": torch.tensor([3.5, 3.5])} | conditions
+    expected = tiny.run(tiny.float_model(path), **conditions)
+    assert torch.equal(tiny.run(tiny.quantized_model(path), **conditions), expected)
+    plain = tiny.run(tiny.quantized_model(tiny_flux("Q4_K_S")))
+    assert torch.equal(plain, expected) == (not extra)
 
 
 def test_a_model_loaded_outside_inference_mode_runs_inside_it(tiny_flux):

@@ -4,7 +4,6 @@
 import os
 import re
 
-import gguf
 import numpy as np
 import pytest
 import tiny
@@ -33,21 +32,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setitem(nodes.folder_paths.folder_names_and_paths, "unet_gguf", ([str(tmp_path)], {".gguf"}))
     monkeypatch.setattr(nodes.folder_paths, "filename_list_cache", {})
     return tmp_path
-
-
-def copy_with(source, path, keep=lambda name: True, extra=()):
-    """A copy of a GGUF file with some tensors left out and others added (name, float array)."""
-    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(path, "flux")
-    for tensor in reader.tensors:
-        if keep(tensor.name):
-            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    for name, values in extra:
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_the_six_ids_with_their_names_and_inputs_in_order():
@@ -134,15 +118,7 @@ def test_a_replaced_file_counts_as_changed(folder, tiny_flux):
 @pytest.mark.parametrize("tag", ["flux", "pig", ""])
 def test_keys_decide_with_and_without_prefix_and_with_any_tag(tiny_flux, tmp_path, prefix, tag):
     source = tiny_flux("Q4_K_S")
-    path, writer = tmp_path / "m.gguf", gguf.GGUFWriter(tmp_path / "m.gguf", tag or "none")
-    if not tag:
-        writer.kv_data[0].pop("general.architecture")
-    for tensor in gguf.GGUFReader(source).tensors:
-        writer.add_tensor(prefix + tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = tiny.copy_file(source, tmp_path / "m.gguf", tag=tag, prefix=prefix)
     assert torch.equal(tiny.run(tiny.quantized_model(path)), tiny.run(tiny.float_model(source)))
 
 
@@ -158,32 +134,22 @@ def sentence(path):
     return message
 
 
-def test_a_model_that_the_host_does_not_know(tmp_path):
-    path = copy_with_only(tmp_path / "new.gguf", {"novel_blocks.0.attn.weight": (64, 64)})
+def test_a_model_that_the_host_does_not_know(tiny_flux, tmp_path):
+    extra = {"novel_blocks.0.attn.weight": np.zeros((64, 64), dtype=np.float32)}
+    path = tiny.copy_file(tiny_flux("Q2_K"), tmp_path / "new.gguf", keep=lambda name: False, extra=extra)
     assert re.search(r"ComfyUI [\d.]+ does not recognise this model .*too old for it", sentence(path))
 
 
-def copy_with_only(path, shapes):
-    writer = gguf.GGUFWriter(path, "novel")
-    for name, shape in shapes.items():
-        writer.add_tensor(name, np.zeros(shape, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_missing_tensors_are_named(tiny_flux, tmp_path):
-    path = copy_with(tiny_flux("Q2_K"), tmp_path / "m.gguf", lambda name: "double_blocks.1.img_mlp" not in name)
+    keep = lambda name: "double_blocks.1.img_mlp" not in name  # noqa: E731
+    path = tiny.copy_file(tiny_flux("Q2_K"), tmp_path / "m.gguf", keep=keep)
     message = sentence(path)
     assert "4 tensors that ComfyUI needs are missing: diffusion_model.double_blocks.1.img_mlp.0.weight" in message
 
 
 def test_a_tensor_of_the_wrong_shape_is_named(tiny_flux, tmp_path):
-    name = "single_blocks.1.linear2.weight"
-    wrong = [(name, np.zeros((256, 256), dtype=np.float32))]
-    path = copy_with(tiny_flux("Q2_K"), tmp_path / "m.gguf", lambda n: n != name, wrong)
+    wrong = {"single_blocks.1.linear2.weight": np.zeros((256, 256), dtype=np.float32)}
+    path = tiny.copy_file(tiny_flux("Q2_K"), tmp_path / "m.gguf", extra=wrong)
     assert (
         "size mismatch for single_blocks.1.linear2.weight: (256, 256) in the file, (256, 1280) in the model"
         in sentence(path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import comfy.model_management
 import comfy.sd
+import gguf
+import numpy as np
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from gguf_kit.loader import QuantizedBytes, load_diffusion_model
@@ -31,6 +33,29 @@ def float_model(path):
     return comfy.sd.load_diffusion_model_state_dict(float_weights(path), model_options={"dtype": torch.float32})
 
 
+def copy_file(source, path, keep=lambda name: True, extra=None, tag="flux", prefix=""):
+    """A copy of a GGUF file: tensors left out, others added or put in the place of its own, with another tag and prefix.
+
+    Arrays added are float32, matrices whose rows allow it become Q8_0.
+    """
+    extra = extra or {}
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(path, tag or "none")
+    if not tag:
+        writer.kv_data[0].pop("general.architecture")
+    for tensor in reader.tensors:
+        if keep(tensor.name) and tensor.name not in extra:
+            writer.add_tensor(prefix + tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    for name, values in extra.items():
+        quantize = values.ndim == 2 and values.shape[1] % 32 == 0
+        qtype = gguf.GGMLQuantizationType.Q8_0 if quantize else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(prefix + name, gguf.quants.quantize(values, qtype), raw_dtype=qtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def inputs(batch=2, seed=0):
     """Latent, time step, context and vector for apply_model: 64 picture tokens and 2 text tokens each."""
     generator = torch.Generator().manual_seed(seed)
@@ -39,12 +64,12 @@ def inputs(batch=2, seed=0):
     return x, t, torch.randn(batch, 2, 64, generator=generator), torch.randn(batch, 64, generator=generator)
 
 
-def run(patcher, batch=2, load=True):
+def run(patcher, batch=2, load=True, **conditions):
     """One apply_model, the patcher loaded as the host would do it (load=False: as it is)."""
     if load:
         comfy.model_management.load_models_gpu([patcher])
     x, t, context, y = inputs(batch)
-    return patcher.model.apply_model(x, t, c_crossattn=context, y=y)
+    return patcher.model.apply_model(x, t, c_crossattn=context, y=y, **conditions)
 
 
 def relative(a, b):
