@@ -34,7 +34,7 @@ def float_model(path):
 
 
 def copy_file(source, path, keep=lambda name: True, extra=None, tag="flux", prefix=""):
-    """A copy of a GGUF file: tensors left out, others added or put in the place of its own, with another tag and prefix.
+    """A copy of a GGUF file: tensors left out, others added or put in place of its own, with another tag and prefix.
 
     Arrays added are float32, matrices whose rows allow it become Q8_0.
     """
