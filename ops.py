@@ -111,7 +111,7 @@ class QuantizedLayer(PatchableWeight):
     """
 
     options = OpsOptions()
-    missing: tuple[str, ...] = ()
+    missing: frozenset[str] = frozenset()
     comfy_cast_weights = True
 
     def __init__(self, *args: Any, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
@@ -142,15 +142,15 @@ class QuantizedLayer(PatchableWeight):
             value = state_dict.get(prefix + name)
             if value is None:
                 missing_keys.append(prefix + name)
-                self.missing += (name,)
-                zeros = torch.zeros(shape, dtype=self.weight_comfy_model_dtype)
-                self._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
+                if self._parameters[name] is None:
+                    self._fill_missing(name, shape)
             elif tuple(value.shape) != shape:
                 error_msgs.append(
                     f"size mismatch for {prefix}{name}: {tuple(value.shape)} in the file, {shape} in the model"
                 )
             else:
                 self._parameters[name] = self._adopt(name, value)
+                self.missing -= {name}
         if strict:
             unexpected_keys += [
                 key
@@ -159,6 +159,11 @@ class QuantizedLayer(PatchableWeight):
                 and "." not in key[len(prefix) :]
                 and key[len(prefix) :] not in self._expected_shapes
             ]
+
+    def _fill_missing(self, name: str, shape: tuple[int, ...]) -> None:
+        zeros = torch.zeros(shape, dtype=self.weight_comfy_model_dtype)
+        self._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
+        self.missing |= {name}
 
     def _adopt(self, name: str, value: torch.Tensor) -> torch.Tensor:
         if isinstance(value, LazyWeight):

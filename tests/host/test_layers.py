@@ -113,11 +113,19 @@ def test_a_wrong_shape_is_an_error_and_a_missing_tensor_is_reported():
         module.load_state_dict({"weight": weight, "bias": torch.zeros(128)})
     result = module.load_state_dict({"bias": torch.zeros(128), "other": torch.zeros(1)}, strict=False)
     assert result.missing_keys == ["weight"]
-    assert module.missing == ("weight",)
+    assert module.missing == {"weight"}
     with pytest.raises(RuntimeError, match="other"):
         module.load_state_dict(
             {"weight": quantized((128, 512), Q.Q4_K)[0], "bias": torch.zeros(128), "other": torch.zeros(1)}
         )
+
+
+def test_loading_some_tensors_leaves_the_others_as_they_are():
+    module, weight, _ = layer("Linear", 512, 96)
+    module.load_state_dict({"bias": torch.ones(96)}, strict=False)
+    assert module.missing == frozenset()
+    x = torch.randn(3, 512)
+    assert torch.equal(module(x), torch.nn.functional.linear(x, weight, torch.ones(96)))
 
 
 # dequant_dtype x compute dtype x activations: stated error against float64 arithmetic on the same weights and inputs.
