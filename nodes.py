@@ -89,7 +89,8 @@ def load_model(path: str, options: OpsOptions, disable_dynamic: bool = False) ->
             path=path,
             hint="This ComfyUI may be too old for it: update ComfyUI, or check that the file is a diffusion model.",
         )
-    missing = [f"{name}.{p}" for name, module in patcher.model.named_modules() for p in getattr(module, "missing", ())]
+    modules = patcher.model.named_modules()
+    missing = sorted(f"{name}.{p}" for name, module in modules for p in getattr(module, "missing", ()))
     if missing:
         raise UnsupportedArch(
             f"{len(missing)} tensors that ComfyUI needs are missing: {name_list(missing)}",

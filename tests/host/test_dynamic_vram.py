@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Under dynamic VRAM, newer hosts' normal GPU path, results are those of the classic path."""
 
+import comfy.model_patcher
 import pytest
 import tiny
 import torch
-from gguf_kit.host.compat import HAS_KITCHEN, is_quantized, quantized_modules
+from gguf_kit.host.compat import is_quantized, quantized_modules
 
-pytestmark = pytest.mark.skipif(not HAS_KITCHEN, reason="this host has no dynamic VRAM")
+DYNAMIC = hasattr(comfy.model_patcher, "ModelPatcherDynamic")
+pytestmark = pytest.mark.skipif(not DYNAMIC, reason="this host has no dynamic VRAM")
 EXACT = 1e-6
 
 
