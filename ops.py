@@ -68,11 +68,12 @@ class LazyWeight(torch.Tensor):
     module: Any
 
     @staticmethod
-    def of(module: Any) -> LazyWeight:
+    def __new__(cls, module: Any) -> LazyWeight:
         shell = torch.empty(module.weight.shape, dtype=module.weight.dtype, device="meta")
-        lazy = torch.Tensor._make_subclass(LazyWeight, shell)
-        lazy.module = module
-        return lazy
+        return torch.Tensor._make_subclass(cls, shell)
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
 
     @property
     def device(self) -> Any:
@@ -177,9 +178,13 @@ class QuantizedLayer(PatchableWeight):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, value in (("weight", self.weight), ("bias", self.bias)):
             if is_quantized(value):
-                destination[prefix + name] = LazyWeight.of(self)
+                destination[prefix + name] = self.lazy_weight()
             elif value is not None:
                 destination[prefix + name] = value if keep_vars else value.detach()
+
+    def lazy_weight(self) -> LazyWeight:
+        """The weight as others may save or convert it."""
+        return LazyWeight(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
         """Move or convert by putting new parameters in place; torch's own way writes into the old ones."""

@@ -18,7 +18,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from .compat import is_quantized, quantized_modules
+from .compat import accepted, is_quantized, quantized_modules
 from .lora import PatchRef
 
 _CALLBACK_KEY = "gguf_kit"
@@ -121,6 +121,7 @@ def adopt(patcher: Any, reload: tuple[Callable[..., Any], tuple[Any, ...]]) -> N
     _convert(patcher)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, lambda _, clone: _convert(clone))
     _reserve_memory(patcher.model)
+    _save_lazily(patcher.model)
 
 
 def _convert(patcher: Any) -> None:
@@ -141,3 +142,21 @@ def _reserve_memory(model: Any) -> None:
         return base(owner(), *args, **kwargs) + 2 * largest * compute_dtype(owner()).itemsize
 
     model.memory_required = memory_required
+
+
+def _save_lazily(model: Any) -> None:
+    """Let nothing but our lazy weights stand for quantized ones in what the host saves.
+
+    Some hosts put the quantized tensor itself there for a layer that is not fully loaded.
+    """
+    base = getattr(type(model), "state_dict_for_saving", None)
+    if base is None or not accepted(base, unet_state_dict=None):  # older hosts save model.state_dict() as it is
+        return
+    owner = weakref.ref(model)
+
+    def state_dict_for_saving(unet_state_dict: dict[str, Any], **others: Any) -> dict[str, Any]:
+        modules = quantized_modules(owner().diffusion_model)
+        lazy = {f"{name}.weight": module.lazy_weight() for name, module in modules}
+        return base(owner(), unet_state_dict | lazy, **others)
+
+    model.state_dict_for_saving = state_dict_for_saving

@@ -25,6 +25,20 @@ def test_save_and_load_again_equals_the_merged_model(tiny_flux, tmp_path, infere
     assert torch.equal(tiny.run(patcher), expected)
 
 
+def test_saving_a_partly_loaded_model(tiny_flux):
+    """Where the host's patcher has a part in saving, layers that are not on the device take a way of their own."""
+    patcher = tiny.with_patches(tiny.quantized_model(tiny_flux("Q4_K_S")), tiny.lora())
+    dense = tiny.with_patches(tiny.float_model(tiny_flux("Q4_K_S")), tiny.lora())
+    tiny.run(dense)
+    by_patcher = hasattr(patcher, "state_dict_for_saving")  # other hosts patch all weights before they save
+    patcher.patch_model(tiny.CPU, patcher.model_size() * 0.5, force_patch_weights=not by_patcher)
+    assert patcher.model.model_lowvram
+    save = (patcher if by_patcher else patcher.model).state_dict_for_saving
+    saved, merged = save(), dense.model.diffusion_model.state_dict()
+    for key, value in merged.items():
+        assert tiny.relative(saved[f"model.diffusion_model.{key}"].to("cpu"), value) < 1e-6, key
+
+
 def test_the_state_dict_has_the_hosts_keys_and_loads_into_another_model(tiny_flux):
     path = tiny_flux("Q4_K_S")
     first, dense = tiny.quantized_model(path), tiny.float_model(path)
