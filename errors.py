@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 MAX_NAMES_SHOWN = 5
+MAX_TEXT_SHOWN = 120
 
 
 class GGUFError(ValueError):
@@ -40,8 +41,14 @@ class UnsupportedQtype(GGUFError):
     """A tensor is stored in a type without a dequantizer."""
 
 
+def plain_text(text: str) -> str:
+    """Text from a file as it may stand in a message: on one line, printable, not endlessly long."""
+    shown = text if len(text) <= MAX_TEXT_SHOWN else f"{text[: MAX_TEXT_SHOWN - 3]}..."
+    return "".join(c if c.isprintable() else "?" for c in shown)
+
+
 def name_list(names: list[str]) -> str:
     """Join names for a message, at most MAX_NAMES_SHOWN of them and a count of the rest."""
-    shown = ", ".join(names[:MAX_NAMES_SHOWN])
+    shown = ", ".join(plain_text(name) for name in names[:MAX_NAMES_SHOWN])
     rest = len(names) - MAX_NAMES_SHOWN
     return f"{shown} (+{rest} more)" if rest > 0 else shown

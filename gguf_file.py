@@ -35,7 +35,9 @@ DEFAULT_ALIGNMENT = 32
 MIN_ALIGNMENT = 8  # also what makes .view() to any dtype safe
 MAX_ALIGNMENT = 2**20
 MAX_HEADER_BYTES = 2**27  # several times the largest vocabulary with its merges; bounds the time an opening takes
-MAX_ENTRIES = 2**17  # key/value pairs or tensors; bounds the memory of their tables
+MAX_ENTRIES = 2**15  # key/value pairs or tensors; bounds the memory of their tables
+MAX_STRINGS = 2**21  # in one array; the largest vocabularies have a quarter million, merges twice that
+MAX_ARRAYS = 2**12  # in the whole header, nested ones included; bounds the time an opening takes
 MAX_KEY_BYTES = 65535
 MAX_NAME_BYTES = 1024  # ggml stops at 64; image models exceed that
 MAX_DIMS = 8  # ggml stops at 4; files with native 5-D convolutions exist
@@ -101,6 +103,7 @@ class _Reader:
         self.section = section
         self.name = name
         self.end = min(len(buffer), MAX_HEADER_BYTES)
+        self.n_arrays = 0
 
     def enter(self, section: str, name: str = "") -> None:
         self.section, self.name = section, name
@@ -165,9 +168,14 @@ class _Reader:
         """Read item type and count of an array, depth arrays deep, and check that the items can fit."""
         if depth > MAX_ARRAY_DEPTH:
             self.fail(f"nests arrays more than {MAX_ARRAY_DEPTH} deep")
+        self.n_arrays += 1
+        if self.n_arrays > MAX_ARRAYS:
+            self.fail(f"is one of more than {MAX_ARRAYS} arrays, which no model needs")
         item_type = self.value_type()
         n_items = self.u64()
         self.check_count(n_items, MIN_VALUE_BYTES[item_type], "array items")
+        if item_type is ValueType.STRING and n_items > MAX_STRINGS:
+            self.fail(f"announces {n_items} strings, more than the limit of {MAX_STRINGS}")
         return item_type, n_items
 
     def skip_value(self, kind: ValueType, depth: int = 1) -> None:
@@ -253,6 +261,13 @@ class Metadata(Mapping[str, MetadataValue]):
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def n_items(self, key: str) -> int:
+        """Return the number of items of an array without decoding them, 1 for any other value."""
+        kind, pos = self._index[key]
+        if kind is not ValueType.ARRAY:
+            return 1
+        return _Reader(self._buffer, self._path, pos, "metadata key", key).array_header(1)[1]
 
     def type_of(self, key: str) -> ValueType:
         """Return the stored type, ARRAY for all arrays; needed to write a value back as it was."""

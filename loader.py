@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 
 from .dequant import SUPPORTED_QTYPES, dequantize_rows
-from .errors import BadFile, UnsupportedArch, UnsupportedQtype, name_list
-from .gguf_file import GGUFFile, TensorInfo
+from .errors import BadFile, UnsupportedArch, UnsupportedQtype, name_list, plain_text
+from .gguf_file import MAX_DIMS, GGUFFile, TensorInfo
 from .models import archs, text_encoders
 
 log = logging.getLogger("gguf_kit")
@@ -144,7 +145,7 @@ def load_text_encoder(path: str | os.PathLike[str]) -> tuple[StateDict, LoadInfo
 
 def _arch_tag(file: GGUFFile) -> str:
     tag = file.metadata.get("general.architecture", "")
-    return tag if isinstance(tag, str) else ""
+    return plain_text(tag) if isinstance(tag, str) else ""
 
 
 def _no_text_encoder(file: GGUFFile) -> UnsupportedArch:
@@ -195,11 +196,12 @@ def _logical_shape(file: GGUFFile, tensor: TensorInfo) -> tuple[int, ...]:
     key = ORIG_SHAPE_KEY + tensor.name
     if key not in file.metadata:
         return tensor.shape
-    value = file.metadata[key]
-    shape = tuple(int(n) for n in value) if not isinstance(value, (str, int, float)) else ()
-    if min(shape, default=0) < 0 or math.prod(shape) != math.prod(tensor.shape):
+    value = file.metadata[key] if file.metadata.n_items(key) <= MAX_DIMS else None
+    shape = tuple(value.tolist()) if isinstance(value, np.ndarray) and value.dtype.kind in "iu" else None
+    n_weights = math.prod(tensor.shape)
+    if shape is None or min(shape, default=0) < 0 or max(shape, default=0) > 2**48 or math.prod(shape) != n_weights:
         raise BadFile(
-            f"'{key}' says {shape}, which does not hold the {math.prod(tensor.shape)} elements of {tensor.shape}",
+            f"'{plain_text(key)}' is no shape that holds the {n_weights} elements of {tensor.shape}",
             path=file.path,
             subject=tensor.name,
             hint="Convert the model again.",
@@ -214,7 +216,7 @@ def _read_tensor(file: GGUFFile, key: str, tensor: TensorInfo) -> QuantizedBytes
         return _plain_tensor(data, PLAIN_DTYPES[tensor.qtype]).reshape(shape)
     if tensor.qtype not in SUPPORTED_QTYPES:
         raise UnsupportedQtype(
-            f"tensor '{tensor.name}' has qtype {tensor.qtype.name}, which has no dequantizer here",
+            f"tensor '{plain_text(tensor.name)}' has qtype {tensor.qtype.name}, which has no dequantizer here",
             path=file.path,
             subject=tensor.name,
             hint=f"Use a file with one of: {', '.join(sorted(q.name for q in SUPPORTED_QTYPES))}.",

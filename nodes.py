@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -81,7 +82,9 @@ def load_model(path: str, options: OpsOptions, disable_dynamic: bool = False) ->
             model_options={"custom_operations": make_ops(options)},
             **accepted(load, disable_dynamic=disable_dynamic),
         )
-    except RuntimeError as error:
+    except comfy.model_management.OOM_EXCEPTION:
+        raise
+    except HOST_ERRORS as error:
         raise cannot_build(path, error) from error
     if patcher is None:
         raise UnsupportedArch(
@@ -89,22 +92,35 @@ def load_model(path: str, options: OpsOptions, disable_dynamic: bool = False) ->
             path=path,
             hint="This ComfyUI may be too old for it: update ComfyUI, or check that the file is a diffusion model.",
         )
-    modules = patcher.model.named_modules()
-    missing = sorted(f"{name}.{p}" for name, module in modules for p in getattr(module, "missing", ()))
+    missing = missing_parameters(patcher.model)
     if missing:
-        raise UnsupportedArch(
-            f"{len(missing)} tensors that ComfyUI needs are missing: {name_list(missing)}",
-            path=path,
-            hint="The file is incomplete or was converted for another program; take another one.",
-        )
+        raise incomplete(path, missing)
     adopt(patcher, (load_model, (path, options)))
     return patcher
 
 
-def cannot_build(path: str, error: RuntimeError) -> UnsupportedArch:
+# What a host's detection and model building raise when keys or shapes are not what they expect.
+HOST_ERRORS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
+
+
+def missing_parameters(model: torch.nn.Module) -> list[str]:
+    """State-dict keys that our layers needed and the file did not have."""
+    return sorted(f"{name}.{p}" for name, module in model.named_modules() for p in getattr(module, "missing", ()))
+
+
+def incomplete(path: str, missing: list[str]) -> UnsupportedArch:
+    """The refusal of a file without tensors that its model needs."""
+    return UnsupportedArch(
+        f"{len(missing)} tensors that ComfyUI needs are missing: {name_list(missing)}",
+        path=path,
+        hint="The file is incomplete or was converted for another program; take another one.",
+    )
+
+
+def cannot_build(path: str, error: Exception) -> UnsupportedArch:
     """A host's failure to fill its model, as one sentence with the first few of its reasons."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
-    reasons = lines[1:] or lines
+    reasons = lines[1:] or [f"{type(error).__name__} {' '.join(lines)}".strip()]
     return UnsupportedArch(
         f"ComfyUI {host_version()} cannot build a model from these tensors: {name_list(reasons)}",
         path=path,
@@ -133,8 +149,8 @@ class UnetLoaderGGUF:
     )
 
     @classmethod
-    def IS_CHANGED(cls, unet_name: str, **inputs: Any) -> str:  # noqa: N802
-        return file_state(folder_paths.get_full_path("unet_gguf", unet_name))
+    def IS_CHANGED(cls, unet_name: str | None, **inputs: Any) -> str:  # noqa: N802 (None: the name comes over a link)
+        return file_state(folder_paths.get_full_path("unet_gguf", unet_name) if unet_name else None)
 
     def load_unet(
         self,
@@ -210,6 +226,7 @@ def load_clip(paths: tuple[str, ...], clip_type: Any, device: str = "default", d
     options: dict[str, Any] = {"custom_operations": make_ops()}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
+    blamed = next((path for path in paths if path.lower().endswith(".gguf")), paths[0])
     load = comfy.sd.load_text_encoder_state_dicts
     try:
         clip = load(
@@ -219,8 +236,13 @@ def load_clip(paths: tuple[str, ...], clip_type: Any, device: str = "default", d
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
             **accepted(load, disable_dynamic=disable_dynamic),
         )
-    except RuntimeError as error:
-        raise cannot_build(paths[0], error) from error
+    except comfy.model_management.OOM_EXCEPTION:
+        raise
+    except HOST_ERRORS as error:
+        raise cannot_build(blamed, error) from error
+    missing = [key for key in missing_parameters(clip.cond_stage_model) if "encoder.block." in key or ".shared." in key]
+    if missing:
+        raise incomplete(blamed, missing)
     adopt(clip.patcher, (_reload_clip, (paths, clip_type, device)))
     return clip
 
@@ -270,9 +292,14 @@ class CLIPLoaderGGUF:
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> str:  # noqa: N802
-        return " ".join(file_state(_encoder_path(inputs[name])) for name in cls._file_inputs())
+        names = [inputs.get(name) for name in cls._file_inputs()]
+        return " ".join(file_state(_encoder_path(name) if name else None) for name in names)
 
-    def load_clip(self, type: str = "", device: str = "default", **names: str) -> tuple[Any]:
+    def load_clip(self, *values: str, type: str = "", device: str = "default", **names: str) -> tuple[Any]:
+        """Inputs by name, as ComfyUI gives them, or in the order of the node, as packs that wrap it may."""
+        if values:
+            named = dict(zip([*self._file_inputs(), "type", "device"], values, strict=False))
+            return self.load_clip(**{"type": type, "device": device, **names, **named})
         # A type without a member of its own (sdxl) is told by its encoders, as in the host's loaders.
         clip_type = getattr(comfy.sd.CLIPType, (type or self.FIXED_TYPE).upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
         paths = []

@@ -55,11 +55,11 @@ class OpsOptions:
 
 
 class LazyWeight(torch.Tensor):
-    """What state_dict() holds for a quantized weight: a float tensor that is made when somebody moves or converts it.
+    """What state_dict() holds for a quantized weight: a float tensor that is made when somebody computes with it.
 
     The host weighs a model by its state dict and saves it through safetensors, which calls .to("cpu") on each tensor
     just before writing it. So it reports the bytes the weight occupies, its logical shape and dtype, and makes the
-    float weight, patches merged, only in .to().
+    float weight, patches merged, when it is moved, converted or used.
 
     Attributes:
         module: the layer that holds the weight.
@@ -95,10 +95,36 @@ class LazyWeight(torch.Tensor):
     def requires_grad_(self, requires_grad: bool = True) -> LazyWeight:
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def merged(self) -> torch.Tensor:
+        """The float weight with the patches in force."""
         patch = self.module.base_patch()
-        merged = self.module.merged_weight(self.module.active_patches(), patch.key if patch else "")
-        return merged.to(*args, **kwargs)
+        return self.module.merged_weight(self.module.active_patches(), patch.key if patch else "")
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.merged().to(*args, **kwargs)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Questions about shape and kind are answered by the shell; everything else computes with the float weight."""
+        if func in _ANSWERED_BY_SHELL:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        return func(*_merge_all(args), **_merge_all(kwargs or {}))
+
+
+_ANSWERED_BY_SHELL = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "layout", "ndim", "requires_grad", "is_meta")),
+    *(getattr(torch.Tensor, name).__get__ for name in ("is_sparse", "is_nested", "is_quantized")),
+    *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "stride", "is_contiguous", "is_inference")),
+    *(getattr(torch.Tensor, name) for name in ("is_floating_point", "untyped_storage", "data_ptr", "__len__")),
+}
+
+
+def _merge_all(value: Any) -> Any:
+    if isinstance(value, LazyWeight):
+        return value.merged()
+    if isinstance(value, dict):
+        return {k: _merge_all(v) for k, v in value.items()}
+    return type(value)(_merge_all(v) for v in value) if type(value) in (list, tuple) else value
 
 
 class QuantizedLayer(PatchableWeight):
@@ -203,17 +229,20 @@ class QuantizedLayer(PatchableWeight):
     def set_weight(
         self,
         weight: torch.Tensor,
-        inplace_update: bool = False,
+        inplace_update: bool | None = None,
         seed: int | None = None,
         return_weight: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor | None:
-        """Put a patched float weight in place of the loaded one, or only return it.
+        """Put a patched float weight in place of the loaded one, or only return it, in the loaded dtype, to be saved.
 
-        It is rounded to the wider of the loaded and the model's dtype: a BF16 tensor in a float32 model loses nothing.
+        In place it is rounded to the wider of the loaded and the model's dtype: a BF16 tensor in a float32 model loses
+        nothing. Older hosts call this in every forward of an offloaded layer, without inplace_update: the same then.
         """
-        dtypes = (self.weight.dtype, self.weight_comfy_model_dtype or self.weight.dtype)
-        weight = comfy.float.stochastic_rounding(weight, max(dtypes, key=lambda d: d.itemsize), seed=seed or 0)
+        loaded, model = self.weight.dtype, self.weight_comfy_model_dtype or self.weight.dtype
+        to_save = return_weight and inplace_update is not None
+        dtype = loaded if to_save else max(loaded, model, key=lambda d: d.itemsize)
+        weight = comfy.float.stochastic_rounding(weight, dtype, seed=seed or 0)
         if return_weight:
             return weight
         # After an update "in place" the host keeps its tensor, and later writes other values into the parameter.
@@ -340,11 +369,19 @@ class GGUFEmbedding(QuantizedLayer, comfy.ops.manual_cast.Embedding):
 
 
 class _FloatLayer:
-    """Mixin over a host layer that computes from float weights: quantized ones are dequantized as they are loaded."""
+    """Mixin over a host layer that computes from float weights: quantized ones are dequantized as they are loaded.
+
+    Attributes:
+        missing: names of parameters that the file did not have.
+    """
+
+    missing: frozenset[str] = frozenset()
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         for name in ("weight", "bias"):
-            if is_quantized(state_dict.get(prefix + name)):
+            if prefix + name not in state_dict:
+                self.missing |= {name} if getattr(self, name, None) is not None else set()
+            elif is_quantized(state_dict[prefix + name]):
                 state_dict[prefix + name] = dequantize_weight(state_dict[prefix + name], torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

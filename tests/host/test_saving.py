@@ -2,7 +2,9 @@
 """Saving and cloning a GGUF model in the host gives float weights with the patches merged."""
 
 import comfy.model_management
+import comfy.ops
 import comfy.sd
+import comfy.utils
 import pytest
 import safetensors.torch
 import tiny
@@ -36,7 +38,9 @@ def test_saving_a_partly_loaded_model(tiny_flux):
     save = (patcher if by_patcher else patcher.model).state_dict_for_saving
     saved, merged = save(), dense.model.diffusion_model.state_dict()
     for key, value in merged.items():
-        assert tiny.relative(saved[f"model.diffusion_model.{key}"].to("cpu"), value) < 1e-6, key
+        # img_in is BF16 in the file, and hosts that write layers as they lie in the file round it to that.
+        tolerance = 2e-3 if key == "img_in.weight" else 1e-6
+        assert tiny.relative(saved[f"model.diffusion_model.{key}"].to("cpu"), value) < tolerance, key
 
 
 def test_the_state_dict_has_the_hosts_keys_and_loads_into_another_model(tiny_flux):
@@ -57,6 +61,40 @@ def test_a_lazy_weight_weighs_its_bytes_and_becomes_a_float_tensor(tiny_flux):
     assert (tuple(weight.shape), weight.dtype) == (tuple(module.weight.shape), module.weight.dtype)
     assert weight.nbytes == weight.nelement() * weight.element_size() == module.weight._qdata.nbytes
     assert torch.equal(weight.to("cpu"), module.weight.dequantize())
+
+
+def test_a_lazy_weight_takes_part_in_arithmetic_as_the_merged_float_tensor(tiny_flux):
+    """Model subtraction, LoRA extraction and control LoRAs compute with what state_dict() gives."""
+    patcher = tiny.with_patches(tiny.quantized_model(tiny_flux("Q4_K_S")), tiny.lora())
+    dense = tiny.with_patches(tiny.float_model(tiny_flux("Q4_K_S")), tiny.lora())
+    tiny.run(patcher)
+    tiny.run(dense)
+    key = tiny.block_key("double_blocks.1.img_mlp.0")
+    lazy, expected = patcher.model.state_dict()[key], dense.model.state_dict()[key]
+    assert lazy.is_contiguous()
+    assert lazy.numel() == expected.numel()
+    for result in (lazy - 0.0, lazy.float(), lazy.clone(), lazy.contiguous(), torch.cat([lazy])):
+        assert type(result) is torch.Tensor
+        assert tiny.relative(result, expected) < 1e-6
+    stock = comfy.ops.manual_cast.Linear(256, 1024, bias=False, dtype=torch.float32)
+    comfy.utils.set_attr_param(stock, "weight", lazy)
+    x = torch.ones(2, 256)
+    assert tiny.relative(stock(x), torch.nn.functional.linear(x, expected)) < 1e-6
+
+
+def test_a_plain_layer_is_saved_in_its_own_dtype(tiny_flux, tmp_path):
+    """img_in is BF16 in the file and has a patch; the model is float32, and only half of it is loaded."""
+    patcher = tiny.with_patches(tiny.quantized_model(tiny_flux("Q4_K_S")), tiny.lora())
+    expected = tiny.run(patcher)
+    patcher.partially_unload(tiny.CPU, patcher.model_size() * 0.95)
+    if not hasattr(patcher, "state_dict_for_saving"):
+        comfy.model_management.unload_all_models()
+        comfy.model_management.load_models_gpu([patcher], force_patch_weights=True)
+    path = tmp_path / "partly.safetensors"
+    save = (patcher if hasattr(patcher, "state_dict_for_saving") else patcher.model).state_dict_for_saving
+    comfy.utils.save_torch_file(save(), str(path))
+    loaded = comfy.sd.load_diffusion_model_state_dict(safetensors.torch.load_file(path), {"dtype": torch.float32})
+    assert tiny.relative(tiny.run(loaded), expected) < 2e-3  # one rounding of img_in to BF16
 
 
 def test_a_second_copy_of_the_model_is_loaded_through_the_factory(tiny_flux):

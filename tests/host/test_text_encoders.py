@@ -98,6 +98,8 @@ def test_the_clip_loader_node_encodes_as_the_host_does_with_dequantized_weights(
     assert len(list(quantized_modules(clip.cond_stage_model))) == 1 + 12 * 6
     with torch.inference_mode():
         assert torch.equal(encode(clip), encode(dense))
+    (again,) = nodes.CLIPLoaderGGUF().load_clip(t5_base.name, "stable_audio")
+    assert type(again.cond_stage_model) is type(clip.cond_stage_model)
     assert type(clip.patcher).__name__ == "GGUFPatcher"
     assert type(clip.clone().patcher).__name__ == "GGUFPatcher"
 
