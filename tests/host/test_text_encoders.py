@@ -104,6 +104,14 @@ def test_the_clip_loader_node_encodes_as_the_host_does_with_dequantized_weights(
     assert type(clip.clone().patcher).__name__ == "GGUFPatcher"
 
 
+def test_an_incomplete_t5_is_refused(t5_base, tmp_path):
+    import tiny
+
+    path = tiny.copy_file(t5_base, tmp_path / "t5.gguf", keep=lambda name: name != "enc.blk.5.ffn_down.weight")
+    with pytest.raises(nodes.GGUFError, match=r"t5\.gguf: 1 tensors .* missing: .*block\.5\.layer\.1.*wo\.weight"):
+        nodes.load_clip((str(path),), comfy.sd.CLIPType.STABLE_AUDIO)
+
+
 def test_a_lora_on_the_text_encoder(t5_base):
     clip = nodes.load_clip((str(t5_base),), comfy.sd.CLIPType.STABLE_AUDIO)
     dense = comfy.sd.load_text_encoder_state_dicts(

@@ -308,6 +308,7 @@ def test_data_outlives_the_file_object(tmp_path: Path) -> None:
 
 @linux_only
 def test_no_file_handle_is_left(reference: Path, tmp_path: Path) -> None:
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     file = GGUFFile(reference)
     tensors = [file.data(name) for name in file.tensors]

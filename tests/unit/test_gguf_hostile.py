@@ -143,6 +143,11 @@ CASES = [
     Case("one tensor too many", build.assemble([ARCH], [WEIGHT], bytes(32), n_tensors=2), "tensor entry 2 of 2"),
     Case("one pair too many", build.assemble([ARCH], [WEIGHT], bytes(32), n_pairs=2), "tensor entry 1 of 1"),
     Case("more tensors than any model", build.assemble(data=bytes(2**22), n_tensors=MAX_ENTRIES + 1), "the limit"),
+    Case(
+        "more arrays than any model",
+        build.assemble([build.pair("k", build.ARRAY, (build.ARRAY, [(build.U8, [])] * 5000))]),
+        "more than 4096 arrays",
+    ),
     Case("more pairs than any model", build.assemble(data=bytes(2**22), n_pairs=MAX_ENTRIES + 1), "the limit"),
     # keys
     Case("empty key", with_pair("", build.U8, 1), "key of 0 bytes"),

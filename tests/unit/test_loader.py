@@ -111,6 +111,13 @@ def test_flux_variants_are_told_apart_by_keys_and_shapes(change, title):
     assert found == ([title] if title else [])
 
 
+def test_text_from_a_file_cannot_flood_or_break_a_message(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="gguf_kit")
+    load_diffusion_model(write(tmp_path / "a.gguf", FLUX, arch="x\n\x1b[31m" + "y" * 100_000))
+    assert len(caplog.messages[0]) < 400
+    assert caplog.messages[0].isprintable()
+
+
 def test_an_unknown_model_is_passed_on_to_the_host(tmp_path):
     state, info = load_diffusion_model(write(tmp_path / "a.gguf", {"blocks.0.weight": (32, 32)}))
     assert set(state) == {"blocks.0.weight"}
@@ -133,7 +140,11 @@ def test_reshaped_tensors_get_their_shape_back(tmp_path):
     assert tuple(state["plain.weight"].shape) == (1, 2, 3, 2, 2)
 
 
-@pytest.mark.parametrize("shape", [[8, 8, 3, 4], [-8, -72], [2**31 - 1] * 4], ids=["wrong size", "negative", "huge"])
+@pytest.mark.parametrize(
+    "shape",
+    [[8, 8, 3, 4], [-8, -72], [2**31 - 1] * 4, [1] * 100_000, ["576"], [576.0], [float("nan")], [[576]]],
+    ids=["wrong size", "negative", "huge", "many dimensions", "text", "float", "nan", "nested"],
+)
 def test_an_impossible_original_shape_is_refused(tmp_path, shape):
     path = write(tmp_path / "a.gguf", {"conv.weight": (9, 64)}, metadata={"comfy.gguf.orig_shape.conv.weight": shape})
     with pytest.raises(BadFile, match=r"a\.gguf: .*orig_shape\.conv\.weight"):
