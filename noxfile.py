@@ -5,7 +5,7 @@
     nox -s demo            pictures and a table in demo-output/
     nox -s tests           all tests; arguments after -- go to pytest (nox -s tests -- tests/e2e -k picture)
     nox -s lint
-    nox -s bench           tests/bench/bench_*.py; arguments after -- name some of them (bench_load) or go to each
+    nox -s bench           tests/bench/bench_*.py; names after -- (bench_load) choose some, other arguments go to those
 
 torch and its libraries are large, so all sessions share one environment, .nox/host-env, which fits the ComfyUI in use.
 It is made once and changed when a requirement changes. The ComfyUI is the one of COMFYUI_PATH, else the one this folder
@@ -143,7 +143,7 @@ def check_types(session: nox.Session, python: str) -> None:
 
 @nox.session(python=False)
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks one after another; each sets its number of threads itself."""
+    """Run the benchmarks one after another."""
     python, variables = prepare(session)
     scripts = sorted((ROOT / "tests" / "bench").glob("bench_*.py"))
     named = [script for script in scripts if script.stem in session.posargs]

@@ -41,7 +41,7 @@ def device_table(book: CodeBook, device: torch.device) -> Tensor:
 
 
 def _build_table(book: CodeBook, device: torch.device) -> Tensor:
-    import gguf.quants  # numpy and gguf's half megabyte of tables: only for those who need one
+    import gguf.quants
     import numpy as np
 
     numbers = np.array(_BUILD[book.name](gguf.quants), dtype=np.float32)
