@@ -120,6 +120,7 @@ def adopt(patcher: Any, reload: tuple[Callable[..., Any], tuple[Any, ...]]) -> N
     patcher.cached_patcher_init = reload
     _convert(patcher)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, lambda _, clone: _convert(clone))
+    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _CALLBACK_KEY, _drop_factors)
     _reserve_memory(patcher.model)
     _save_lazily(patcher.model)
 
@@ -128,6 +129,12 @@ def _convert(patcher: Any) -> None:
     if type(patcher) is comfy.model_patcher.ModelPatcher:
         patcher.__class__ = GGUFPatcher
         patcher.size = 0  # the host may have measured it before; ask again with exact bytes
+
+
+def _drop_factors(patcher: Any, unpatch_all: bool = True) -> None:
+    """Free LoRA factors that patch_on_device kept; layers that still need them make them again."""
+    for _, module in quantized_modules(patcher.model):
+        vars(module.base_patch() or module).pop("_gguf_factors", None)
 
 
 def _reserve_memory(model: Any) -> None:

@@ -84,6 +84,19 @@ def test_loras_change_between_prompts_and_after_eviction(pair, vbar):
         assert tiny.relative(run(patcher), reference) < EXACT
 
 
+def test_kept_factors_are_freed_when_the_model_is_detached(pair, vbar):
+    dense, path = pair
+    reference = expected(dense, tiny.lora())
+    patcher = tiny.with_patches(tiny.quantized_model(path, patch_on_device=True), tiny.lora())
+    load(patcher)
+    assert tiny.relative(run(patcher), reference) < EXACT
+    refs = [module.base_patch() for _, module in quantized_modules(patcher.model) if module.base_patch()]
+    assert all(hasattr(ref, "_gguf_factors") for ref in refs)
+    patcher.detach()
+    assert len(refs) == 5
+    assert not any(hasattr(ref, "_gguf_factors") for ref in refs)
+
+
 def test_dora_goes_through_the_host(pair, vbar):
     dense, path = pair
     reference = expected(dense, tiny.lora(dora=True), strength=0.5)

@@ -112,6 +112,7 @@ def _partial(patcher, n_bytes):
 def test_partial_load_keeps_lora_and_results(pair, inference_mode):
     quantized, dense = (tiny.with_patches(p, tiny.lora()) for p in pair)
     expected, plain = tiny.run(dense), tiny.run(pair[0])
+    comfy.model_management.unload_all_models()
     size = quantized.model_size()
     _partial(quantized, size * 0.7)
     assert quantized.model.model_lowvram
