@@ -67,6 +67,8 @@ MISTAKEN_FILES = (
 )
 # Ids that ggml once gave to types it has since removed; a newer gguf package does not bring them back.
 REMOVED_QTYPES = frozenset({4, 5, 31, 32, 33, 36, 37, 38})
+# Metadata key, followed by a tensor's name: the shape that it had before it was made to fit GGUF; int32, torch order.
+ORIG_SHAPE_KEY = "comfy.gguf.orig_shape."
 DAMAGED = "The file is damaged or incomplete; download it again."
 
 _unpack_u64 = struct.Struct("<Q").unpack_from
@@ -311,6 +313,22 @@ class GGUFFile:
         if not info.n_bytes:  # frombuffer refuses empty views
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(self._buffer, dtype=torch.uint8, count=info.n_bytes, offset=info.offset)
+
+    def logical_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that a tensor had before it was made to fit GGUF, torch order.
+
+        Raises:
+            BadFile: the file states a shape with another number of elements.
+        """
+        stored, key = self.tensors[name].shape, ORIG_SHAPE_KEY + name
+        if key not in self.metadata:
+            return stored
+        value = self.metadata[key] if self.metadata.n_items(key) <= MAX_DIMS else None
+        shape = tuple(value.tolist()) if isinstance(value, np.ndarray) and value.dtype.kind in "iu" else None
+        if shape is None or min(shape, default=0) < 0 or max(shape, default=0) > 2**48 or prod(shape) != prod(stored):
+            problem = f"metadata key {_quote(key)} is no shape that holds the {prod(stored)} elements of {stored}"
+            raise BadFile(problem, path=self.path, subject=name, hint="Convert the model again.")
+        return shape
 
 
 def _map_file(path: str) -> mmap.mmap:

@@ -14,18 +14,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 
 from .dequant import SUPPORTED_QTYPES, dequantize_rows
-from .errors import BadFile, UnsupportedArch, UnsupportedQtype, name_list, plain_text
-from .gguf_file import MAX_DIMS, GGUFFile, TensorInfo
+from .errors import UnsupportedArch, UnsupportedQtype, name_list, plain_text
+from .gguf_file import GGUFFile, TensorInfo
 from .models import archs, text_encoders
 
 log = logging.getLogger("gguf_kit")
-
-ORIG_SHAPE_KEY = "comfy.gguf.orig_shape."
 
 PLAIN_DTYPES: Mapping[GGMLQuantizationType, torch.dtype] = MappingProxyType(
     {
@@ -109,7 +106,7 @@ def load_diffusion_model(path: str | os.PathLike[str]) -> tuple[StateDict, LoadI
             hint='Load it with "CLIPLoader (GGUF)".',
         )
     names = _strip_prefix(file.tensors)
-    shapes = {key: _logical_shape(file, file.tensors[name]) for key, name in names.items()}
+    shapes = {key: file.logical_shape(name) for key, name in names.items()}
     arch = archs.detect(shapes)
     if arch is not None and arch.reject:
         raise UnsupportedArch(
@@ -150,7 +147,7 @@ def _arch_tag(file: GGUFFile) -> str:
 
 def _no_text_encoder(file: GGUFFile) -> UnsupportedArch:
     names = _strip_prefix(file.tensors)
-    arch = archs.detect({key: _logical_shape(file, file.tensors[name]) for key, name in names.items()})
+    arch = archs.detect({key: file.logical_shape(name) for key, name in names.items()})
     if arch is not None:
         return UnsupportedArch(
             f"it is a diffusion model ({arch.title}), not a text encoder",
@@ -191,27 +188,9 @@ def _read(file: GGUFFile, names: Mapping[str, str], title: str) -> tuple[StateDi
     return state, info
 
 
-def _logical_shape(file: GGUFFile, tensor: TensorInfo) -> tuple[int, ...]:
-    """The shape a tensor had before it was made to fit GGUF, torch order."""
-    key = ORIG_SHAPE_KEY + tensor.name
-    if key not in file.metadata:
-        return tensor.shape
-    value = file.metadata[key] if file.metadata.n_items(key) <= MAX_DIMS else None
-    shape = tuple(value.tolist()) if isinstance(value, np.ndarray) and value.dtype.kind in "iu" else None
-    n_weights = math.prod(tensor.shape)
-    if shape is None or min(shape, default=0) < 0 or max(shape, default=0) > 2**48 or math.prod(shape) != n_weights:
-        raise BadFile(
-            f"'{plain_text(key)}' is no shape that holds the {n_weights} elements of {tensor.shape}",
-            path=file.path,
-            subject=tensor.name,
-            hint="Convert the model again.",
-        )
-    return shape
-
-
 def _read_tensor(file: GGUFFile, key: str, tensor: TensorInfo) -> QuantizedBytes | torch.Tensor:
     """One value: layer weights keep their bytes; vectors and bare parameters, which models use as floats, do not."""
-    shape, data = _logical_shape(file, tensor), file.data(tensor.name)
+    shape, data = file.logical_shape(tensor.name), file.data(tensor.name)
     if tensor.qtype in PLAIN_DTYPES:
         return _plain_tensor(data, PLAIN_DTYPES[tensor.qtype]).reshape(shape)
     if tensor.qtype not in SUPPORTED_QTYPES:
