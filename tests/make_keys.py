@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes tests/data/models/NAME.keys: keys and shapes of real models, from ComfyUI's own classes.
+
+    COMFYUI_PATH=... python tests/make_keys.py [NAME ...]
+
+Each model is built without memory (device meta) from its published configuration, and ComfyUI's detection has to
+recognise the keys as the model that was meant. Needs the newest ComfyUI that the pack is tested with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+
+import model_keys
+import torch
+from model_configs import MODELS, Model, Rename
+
+
+def boot_host() -> None:
+    """Make ComfyUI importable and keep it on the CPU."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    args = importlib.import_module("comfy.cli_args").args
+    args.cpu = True
+
+
+def build_keys(model: Model) -> dict[str, model_keys.Shape]:
+    """ComfyUI's own keys and the shapes of a model; nothing is allocated."""
+    module, _, name = model.built_by.partition(":")
+    made = getattr(importlib.import_module(f"comfy.ldm.{module}"), name)
+    operations = importlib.import_module("comfy.ops").disable_weight_init
+    with torch.device("meta"):
+        network = made(**model.config, dtype=torch.bfloat16, device=torch.device("meta"), operations=operations)
+    return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+
+
+def _published(key: str, renames: Sequence[Rename]) -> str:
+    for pattern, replacement in renames:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def check_keys(name: str, keys: Mapping[str, model_keys.Shape]) -> None:
+    """Ask ComfyUI what it takes a model with the published keys for, and whether it finds all of its own.
+
+    Raises:
+        SystemExit: it is not the model that was meant.
+    """
+    detection = importlib.import_module("comfy.model_detection")
+    renames = MODELS[name].renames
+    state = {_published(key, renames): torch.empty(shape, device="meta") for key, shape in keys.items()}
+    config = detection.model_config_from_unet(state, "")
+    found = type(config).__name__
+    if found != MODELS[name].host_class:
+        raise SystemExit(f"{name}: ComfyUI takes it for {found}, meant is {MODELS[name].host_class}")
+    strangers = set(keys) ^ set(config.process_unet_state_dict(state))
+    if strangers:
+        raise SystemExit(f"{name}: ComfyUI does not get its own keys from the published ones: {sorted(strangers)[:5]}")
+
+
+def write_keys(name: str) -> str:
+    """Write one file; returns a line about it."""
+    model = MODELS[name]
+    keys = build_keys(model)
+    check_keys(name, keys)
+    keys = {_published(key, model.renames): shape for key, shape in keys.items()}
+    about = f"{model.title}: {len(keys)} tensors, {sum(map(math.prod, keys.values()))} weights"
+    lines = ["# SPDX-License-Identifier: Apache-2.0", f"# {about}", *model_keys.format_keys(keys.items())]
+    model_keys.FOLDER.mkdir(parents=True, exist_ok=True)
+    (model_keys.FOLDER / f"{name}.keys").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if list(model_keys.read_keys(name).items()) != list(keys.items()):
+        raise SystemExit(f"{name}: reading the file does not give back the keys")
+    return about
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: write some lists, or all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(MODELS)}")
+    names = parser.parse_args(argv).names
+    boot_host()
+    for name in names or MODELS:
+        print(f"{name}: {write_keys(name)}")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
