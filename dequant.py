@@ -25,6 +25,20 @@ BACKEND_VARIABLE = "GGUF_KIT_BACKEND"
 
 SUPPORTED_QTYPES: frozenset[GGMLQuantizationType] = frozenset(LAYOUTS)
 
+# Types whose bytes are numbers as torch knows them.
+PLAIN_DTYPES: Mapping[GGMLQuantizationType, torch.dtype] = MappingProxyType(
+    {
+        GGMLQuantizationType.F32: torch.float32,
+        GGMLQuantizationType.F16: torch.float16,
+        GGMLQuantizationType.BF16: torch.bfloat16,
+        GGMLQuantizationType.F64: torch.float64,
+        GGMLQuantizationType.I8: torch.int8,
+        GGMLQuantizationType.I16: torch.int16,
+        GGMLQuantizationType.I32: torch.int32,
+        GGMLQuantizationType.I64: torch.int64,
+    }
+)
+
 
 class Backend(NamedTuple):
     """A way to dequantize.

@@ -69,6 +69,8 @@ MISTAKEN_FILES = (
 REMOVED_QTYPES = frozenset({4, 5, 31, 32, 33, 36, 37, 38})
 # Metadata key, followed by a tensor's name: the shape that it had before it was made to fit GGUF; int32, torch order.
 ORIG_SHAPE_KEY = "comfy.gguf.orig_shape."
+# Beginnings of keys that say what a file is; all other strings were carried along from the model it was made of.
+OWN_KEYS = ("general.", "tokenizer.", "quantize.", "split.", "comfy.gguf.")
 DAMAGED = "The file is damaged or incomplete; download it again."
 
 _unpack_u64 = struct.Struct("<Q").unpack_from
@@ -329,6 +331,11 @@ class GGUFFile:
             problem = f"metadata key {_quote(key)} is no shape that holds the {prod(stored)} elements of {stored}"
             raise BadFile(problem, path=self.path, subject=name, hint="Convert the model again.")
         return shape
+
+    def carried_metadata(self) -> dict[str, str]:
+        """Return the strings that were carried along from the safetensors file, such as `config`."""
+        texts = (key for key in self.metadata if self.metadata.type_of(key) is ValueType.STRING)
+        return {key: str(self.metadata[key]) for key in texts if not key.startswith(OWN_KEYS)}
 
 
 def _map_file(path: str) -> mmap.mmap:

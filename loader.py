@@ -12,30 +12,16 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from .dequant import SUPPORTED_QTYPES, dequantize_rows
+from .dequant import PLAIN_DTYPES, SUPPORTED_QTYPES, dequantize_rows
 from .errors import UnsupportedArch, UnsupportedQtype, name_list, plain_text
 from .gguf_file import GGUFFile, TensorInfo
 from .models import archs, text_encoders
 
 log = logging.getLogger("gguf_kit")
-
-PLAIN_DTYPES: Mapping[GGMLQuantizationType, torch.dtype] = MappingProxyType(
-    {
-        GGMLQuantizationType.F32: torch.float32,
-        GGMLQuantizationType.F16: torch.float16,
-        GGMLQuantizationType.BF16: torch.bfloat16,
-        GGMLQuantizationType.F64: torch.float64,
-        GGMLQuantizationType.I8: torch.int8,
-        GGMLQuantizationType.I16: torch.int16,
-        GGMLQuantizationType.I32: torch.int32,
-        GGMLQuantizationType.I64: torch.int64,
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +56,7 @@ class LoadInfo:
         title: what its tensors say it is, "unrecognised model" if nothing known.
         n_weights: number of weights, n_bytes: their bytes in the file.
         qtypes: number of tensors of each qtype.
+        metadata: what was carried along from the model's safetensors file.
     """
 
     path: str
@@ -78,6 +65,7 @@ class LoadInfo:
     n_weights: int
     n_bytes: int
     qtypes: Mapping[str, int]
+    metadata: Mapping[str, str]
 
     def summary(self) -> str:
         """One line for the log: file, model, tensors, types, bits per weight."""
@@ -183,6 +171,7 @@ def _read(file: GGUFFile, names: Mapping[str, str], title: str) -> tuple[StateDi
         n_weights=sum(math.prod(t.shape) for t in infos),
         n_bytes=sum(t.n_bytes for t in infos),
         qtypes=dict(Counter(t.qtype.name for t in infos).most_common()),
+        metadata=file.carried_metadata(),
     )
     log.info(info.summary())
     return state, info

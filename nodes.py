@@ -80,7 +80,7 @@ def load_model(path: str, options: OpsOptions, disable_dynamic: bool = False) ->
         patcher = load(
             to_host(state),
             model_options={"custom_operations": make_ops(options)},
-            **accepted(load, disable_dynamic=disable_dynamic),
+            **accepted(load, disable_dynamic=disable_dynamic, metadata=dict(info.metadata)),
         )
     except comfy.model_management.OOM_EXCEPTION:
         raise

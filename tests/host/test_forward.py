@@ -10,9 +10,10 @@ import pytest
 import tiny
 import torch
 from comfy.cli_args import args
+from gguf_kit.dequant import PLAIN_DTYPES
 from gguf_kit.gguf_file import GGUFFile
 from gguf_kit.host.compat import is_quantized, quantized_modules
-from gguf_kit.loader import PLAIN_DTYPES, load_diffusion_model
+from gguf_kit.loader import load_diffusion_model
 
 
 @pytest.mark.parametrize("type_name", tiny.TYPES)

@@ -269,3 +269,17 @@ def test_errors_name_the_file_and_are_one_or_two_sentences(tmp_path):
             load(path)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 300
+
+
+def test_strings_of_the_source_are_handed_on_and_others_are_not(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "ltxv")
+    writer.add_string("config", '{"transformer": {}}')
+    writer.add_string("tokenizer.ggml.model", "llama")
+    writer.add_uint32("steps", 7)
+    writer.add_tensor("a.weight", np.zeros((1, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert load_diffusion_model(path)[1].metadata == {"config": '{"transformer": {}}'}
