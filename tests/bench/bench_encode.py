@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast the encoders quantize, against ggml_quantize_chunk on as many CPU threads in the same run.
+
+    python tests/bench/bench_encode.py [--types Q8_0 Q4_K] [--shapes flux-3072] [--threads 1] [--repeat 5]
+
+Needs libggml-python, whose prebuilt ggml is the baseline. An engine's bytes are compared with the baseline's before it
+is timed; one that differs prints FAIL and no figure. The engines take turns, so that a busy machine slows all of them;
+the ratio is that of the medians. One JSON line per case, then the table in Markdown. With --device the torch engine
+runs there, on weights that lie there, and the baseline stays on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "tools")]
+
+import _pack  # noqa: E402, F401
+import make_files  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from gguf import GGMLQuantizationType as QType  # noqa: E402
+from gguf_kit.kernels import torch_encoder  # noqa: E402
+from gguf_kit.layouts import byte_shape, n_bytes  # noqa: E402
+
+# Matrices of real models, rows by columns.
+SHAPES = {
+    "flux-3072": (3072, 3072),
+    "flux-9216": (9216, 3072),
+    "flux-12288": (12288, 3072),
+    "t5-4096": (4096, 10240),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one figure is about. `rows` may be fewer than the layer has: one shape is as fast as another."""
+
+    qtype: QType
+    layer: str
+    rows: int
+    columns: int
+    importance: bool
+
+    @property
+    def n_weights(self) -> int:
+        return self.rows * self.columns
+
+    def n_bytes(self) -> int:
+        """Bytes read and written at least once."""
+        return 4 * self.n_weights + n_bytes(self.qtype, (self.rows, self.columns))
+
+    def make_inputs(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Normal weights and a positive importance, the same for every engine."""
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(self.rows, self.columns, generator=generator) * 0.02
+        return weights, torch.rand(self.columns, generator=generator) if self.importance else None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where engines run: a pool of so many CPU threads, or a device."""
+
+    threads: int
+    pool: ThreadPoolExecutor
+    device: torch.device
+
+
+# An engine is prepared for a case outside of the timing; the action quantizes once and returns the bytes.
+Action = Callable[[], torch.Tensor]
+Inputs = tuple[torch.Tensor, "torch.Tensor | None"]
+
+
+def prepare_baseline(case: Case, inputs: Inputs, place: Place) -> Action:
+    """ggml_quantize_chunk on float32 rows in memory, each thread its share of the rows."""
+    weights, importance = (None if each is None else each.numpy() for each in inputs)
+    out = np.empty(byte_shape(case.qtype, weights.shape), np.uint8)
+    pointer = None if importance is None else importance.ctypes.data
+    quantize_chunk = make_files.load_ggml().ggml_quantize_chunk
+    bounds = [case.rows * i // place.threads for i in range(place.threads + 1)]
+
+    def encode_rows(first: int, last: int) -> None:
+        begin, n_rows = first * case.columns, last - first
+        quantize_chunk(case.qtype.value, weights.ctypes.data, out.ctypes.data, begin, n_rows, case.columns, pointer)
+
+    def action() -> torch.Tensor:
+        list(place.pool.map(encode_rows, bounds[:-1], bounds[1:]))
+        return torch.from_numpy(out)
+
+    return action
+
+
+def prepare_torch(case: Case, inputs: Inputs, place: Place) -> Action:
+    """The pure-torch encoder: on a CPU each thread has its share of the rows, elsewhere all go at once."""
+    torch.set_num_threads(1)  # several intra-op threads wait for each other at every operation
+    weights, importance = (None if each is None else each.to(place.device) for each in inputs)
+    shares = torch.tensor_split(weights, place.threads if place.device.type == "cpu" else 1)
+
+    def action() -> torch.Tensor:
+        encoded = torch.cat(
+            list(place.pool.map(lambda rows: torch_encoder.encode(rows, case.qtype, importance), shares))
+        )
+        if place.device.type != "cpu":
+            torch.accelerator.synchronize(place.device)
+        return encoded
+
+    return action
+
+
+# The first one judges the bytes and is the 1 of the ratios. A new engine is a line.
+ENGINES: dict[str, Callable[[Case, Inputs, Place], Action]] = {
+    "ggml_quantize_chunk": prepare_baseline,
+    "torch": prepare_torch,
+}
+BASELINE = next(iter(ENGINES))
+
+
+def measure(case: Case, place: Place, n_runs: int) -> dict[str, list[float]]:
+    """Seconds of each engine's runs, in turns: {engine: [seconds]}, [] for one whose bytes are not the baseline's."""
+    inputs = case.make_inputs()
+    actions = {name: prepare(case, inputs, place) for name, prepare in ENGINES.items()}
+    expected = actions[BASELINE]().clone()  # also the warm-up
+    right = {name: torch.equal(action().cpu(), expected) for name, action in actions.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
+    for _ in range(n_runs):
+        for name in (name for name, same in right.items() if same):
+            start = time.perf_counter()
+            actions[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def describe_machine(place: Place) -> dict[str, object]:
+    """What a figure depends on besides the case."""
+    name = platform.processor() or platform.machine()
+    if place.device.type == "cuda":
+        name = torch.cuda.get_device_name(place.device)
+    elif Path("/proc/cpuinfo").exists():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TESTS, capture_output=True, text=True)
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": place.threads,
+        "torch": torch.__version__,
+        "git": git.stdout.strip(),
+    }
+
+
+def report(case: Case, engine: str, seconds: Sequence[float], machine: dict[str, object]) -> float | None:
+    """Print the JSON line of an engine's runs; returns the median in million weights/s, None after FAIL."""
+    line: dict[str, object] = {
+        "engine": engine,
+        "qtype": case.qtype.name,
+        "importance": case.importance,
+        "layer": case.layer,
+        "shape": [case.rows, case.columns],
+    }
+    median = None
+    if seconds:
+        rates = sorted(case.n_weights / each / 1e6 for each in seconds)
+        median = statistics.median(rates)
+        low, high = np.percentile(rates, [20, 80])
+        line |= {"mweights_per_s": round(median, 2), "p20": round(low, 2), "p80": round(high, 2), "n": len(rates)}
+        line["gb_per_s"] = round(case.n_bytes() * median * 1e6 / case.n_weights / 1e9, 3)
+    else:
+        line["result"] = "FAIL: bytes differ from the baseline's"
+    print(json.dumps(line | machine), flush=True)
+    return median
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    names = sorted((qtype.name for qtype in torch_encoder.ENCODABLE_QTYPES), key=lambda name: QType[name])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", choices=names, default=names, metavar="TYPE", help=", ".join(names))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["flux-3072"])
+    parser.add_argument("--importance", choices=["none", "random", "both"], default="both")
+    parser.add_argument("--rows", type=int, default=1 << 30, help="encode at most so many rows of a matrix")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="of the torch engine")
+    options = parser.parse_args(argv)
+    importances = {"none": [False], "random": [True], "both": [False, True]}[options.importance]
+    place = Place(options.threads, ThreadPoolExecutor(options.threads), torch.device(options.device))
+    machine = describe_machine(place)
+    table = []
+    for layer, name, importance in itertools.product(options.shapes, options.types, importances):
+        rows, columns = SHAPES[layer]
+        case = Case(QType[name], layer, min(rows, options.rows), columns, importance)
+        seconds = measure(case, place, options.repeat)
+        table.append((case, {engine: report(case, engine, each, machine) for engine, each in seconds.items()}))
+    print_table(table, machine)
+    return 1 if any(None in rates.values() for _, rates in table) else 0
+
+
+def print_table(table: Sequence[tuple[Case, dict[str, float | None]]], machine: dict[str, object]) -> None:
+    """The medians in million weights/s, and each engine's share of the baseline's."""
+    others = [name for name in ENGINES if name != BASELINE]
+    print(f"\nMillion weights/s, median; {machine['device']}, {machine['threads']} threads, torch {machine['torch']}\n")
+    print(f"| type | importance | shape | {BASELINE} | " + " | ".join(f"{name} | ratio" for name in others) + " |")
+    print("|---|---|---|--:|" + "--:|--:|" * len(others))
+    for case, rates in table:
+        base = rates[BASELINE]
+        cells = [case.qtype.name, "yes" if case.importance else "no", f"{case.rows}x{case.columns}", f"{base:.1f}"]
+        for name in others:
+            rate = rates[name]
+            cells += ["FAIL", ""] if rate is None or base is None else [f"{rate:.1f}", f"{rate / base:.2f}"]
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
