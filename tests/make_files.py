@@ -63,12 +63,13 @@ def load_ggml() -> ctypes.CDLL:
     return library
 
 
-def quantize_with_ggml(weights: np.ndarray, qtype: QType) -> np.ndarray:
+def quantize_with_ggml(weights: np.ndarray, qtype: QType, importance: np.ndarray | None = None) -> np.ndarray:
     """Quantize a matrix with ggml.
 
     Args:
         weights: float32 (rows, columns), columns a multiple of the type's block size.
-        qtype: a type that needs no importance matrix.
+        qtype: any type; IQ2_XS and smaller ones need importance.
+        importance: float32 (columns,) or None.
     Returns:
         uint8 (rows, bytes per row), ggml's blocks.
     """
@@ -78,7 +79,16 @@ def quantize_with_ggml(weights: np.ndarray, qtype: QType) -> np.ndarray:
     rows, columns = weights.shape
     block_size, type_size = gguf.GGML_QUANT_SIZES[qtype]
     out = np.empty((rows, columns // block_size * type_size), dtype=np.uint8)
-    written = load_ggml().ggml_quantize_chunk(qtype.value, weights.ctypes.data, out.ctypes.data, 0, rows, columns, None)
+    columns_weight = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    written = load_ggml().ggml_quantize_chunk(
+        qtype.value,
+        weights.ctypes.data,
+        out.ctypes.data,
+        0,
+        rows,
+        columns,
+        None if columns_weight is None else columns_weight.ctypes.data,
+    )
     if written != out.nbytes:
         raise RuntimeError(f"ggml wrote {written} bytes of {qtype.name}, expected {out.nbytes}")
     return out

@@ -12,20 +12,22 @@ ROOT = Path(__file__).resolve().parents[2]
 LINES = (
     (("errors", "layouts"), ("gguf_file", "kernels"), ("dequant",), ("models",), ("loader",)),
     (("dequant",), ("host.compat",), ("host.lora",), ("ops",), ("host.patcher",)),
+    (("gguf_file", "kernels", "dequant", "models"), ("quantize",)),
     (("loader", "ops", "host.compat", "host.patcher", "errors"), ("nodes",), ("__init__",)),
 )
 KNOW_COMFY = ("nodes", "ops", "host.compat", "host.lora", "host.patcher")
 HOST_MODULES = {"comfy", "nodes", "folder_paths", "comfyui_version", "comfy_kitchen"}
+ROOMS_OF_MANY = ("kernels", "models", "quantize")  # one room each; host's modules are rooms of their own
 MODULES = sorted(
     path
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("host/*.py")]
+    for path in [*ROOT.glob("*.py"), *(path for name in (*ROOMS_OF_MANY, "host") for path in ROOT.glob(f"{name}/*.py"))]
     if path.name != "noxfile.py"
 )
 
 
 def room(module):
-    """A module's name in LINES: kernels.x and models.x are one room each, host's modules are rooms of their own."""
-    return module.split(".")[0] if module.split(".")[0] in ("kernels", "models") else module
+    """A module's name in LINES."""
+    return module.split(".")[0] if module.split(".")[0] in ROOMS_OF_MANY else module
 
 
 def left_of(name):

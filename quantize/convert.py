@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries out a plan: reads tensor by tensor, encodes in chunks on several threads, writes in order.
+
+Memory is bounded by the chunks in flight, not by the model: a chunk is a few rows of one tensor, and reading never runs
+further ahead than the threads need.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..dequant import PLAIN_DTYPES
+from ..errors import GGUFError, name_list
+from .encode import Engine, check_engine, encode_rows
+from .ggml import requires_imatrix
+from .imatrix import Imatrix
+from .plan import STORED_TYPES, Plan, PlannedTensor
+from .sources import Source
+from .writer import Writer, file_size, make_header, merged_metadata
+
+CHUNK_WEIGHTS = 2**21  # 8 MB as float32
+GPU_CHUNK_WEIGHTS = 2**25
+CHUNKS_PER_THREAD = 3  # in flight: one at work, one waiting, one done
+
+# Called with the tensor that is being written and the bytes of it that were just done.
+Progress = Callable[[PlannedTensor, int], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything that a conversion needs.
+
+    Attributes:
+        source: what is read.
+        plan: what is made of it.
+        name: value of general.name.
+        imatrix: importance of columns, or None.
+    """
+
+    source: Source
+    plan: Plan
+    name: str
+    imatrix: Imatrix | None = None
+
+    def header(self) -> bytes:
+        """The file's bytes before its data."""
+        imatrix_name = self.imatrix.path.name if self.imatrix else ""
+        return make_header(self.plan, self.name, merged_metadata(self.source.metadata)[0], imatrix_name)
+
+
+def convert(
+    conversion: Conversion,
+    path: Path,
+    engine: Engine,
+    *,
+    n_threads: int = 1,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write the file; it appears under its name only when complete.
+
+    Raises:
+        GGUFError: a tensor cannot be read or encoded, or the file cannot be written.
+    """
+    check_engine(engine, frozenset(t.qtype for t in conversion.plan.tensors))
+    _check_importance(conversion)
+    header = conversion.header()
+    with Writer(path, file_size(conversion.plan, header), overwrite=overwrite) as writer:
+        writer.write(header)
+        for tensor, data, is_last in _encoded(conversion, engine, n_threads):
+            writer.write(data)
+            if is_last:
+                writer.end_tensor()
+            if progress:
+                progress(tensor, data.numel())
+
+
+def _check_importance(conversion: Conversion) -> None:
+    """Refuse, before anything is written, an importance matrix of another model or without what it must have."""
+    for tensor in conversion.plan.tensors:
+        _importance(conversion, tensor)
+    without = [
+        t.name for t in conversion.plan.tensors if requires_imatrix(t.qtype) and not _has_importance(conversion, t)
+    ]
+    if without:
+        raise GGUFError(
+            f"{len(without)} tensors are to have a type that needs importance, and have none: {name_list(without)}",
+            path=conversion.source.path,
+            subject=without[0],
+            hint="Give them another type with --tensor-type.",
+        )
+
+
+def _has_importance(conversion: Conversion, tensor: PlannedTensor) -> bool:
+    """Whether the importance matrix speaks of a tensor that is quantized; it does so of matrices only, as they are."""
+    if conversion.imatrix is None or tensor.qtype in PLAIN_DTYPES or tensor.name not in conversion.imatrix.columns:
+        return False
+    return tensor.stored_shape == tensor.shape and len(tensor.shape) == 2
+
+
+def _importance(conversion: Conversion, tensor: PlannedTensor) -> torch.Tensor | None:
+    """float32 (n_columns,) for a matrix that the importance matrix speaks of."""
+    if conversion.imatrix is None or not _has_importance(conversion, tensor):
+        return None
+    return conversion.imatrix.importance(tensor.name, tensor.shape[-1])
+
+
+Chunk = tuple[PlannedTensor, torch.Tensor, bool]
+
+
+def _encoded(conversion: Conversion, engine: Engine, n_threads: int) -> Iterator[Chunk]:
+    """Bytes of all tensors in the order of the plan: (tensor, uint8 chunk, whether it is the tensor's last)."""
+    pending: deque[tuple[PlannedTensor, Future[torch.Tensor], bool]] = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        try:
+            for tensor, work, is_last in _work(conversion, engine):
+                pending.append((tensor, pool.submit(work), is_last))
+                if len(pending) >= CHUNKS_PER_THREAD * n_threads:
+                    yield _take(pending)
+            while pending:
+                yield _take(pending)
+        finally:
+            for _, future, _ in pending:
+                future.cancel()
+
+
+def _take(pending: deque[tuple[PlannedTensor, Future[torch.Tensor], bool]]) -> Chunk:
+    tensor, future, is_last = pending.popleft()
+    return tensor, future.result(), is_last
+
+
+def _work(conversion: Conversion, engine: Engine) -> Iterator[tuple[PlannedTensor, Callable[[], torch.Tensor], bool]]:
+    """What is to be done for each chunk, in order; a tensor is read when its first chunk is asked for."""
+    for tensor in conversion.plan.tensors:
+        rows, importance = _rows(conversion, tensor)
+        size = GPU_CHUNK_WEIGHTS if engine.device.type == "cuda" else CHUNK_WEIGHTS
+        n_rows = max(1, size // max(rows.shape[1], 1))
+        starts = range(0, rows.shape[0], n_rows)
+        for start in starts:
+            chunk = rows[start : start + n_rows]
+            yield tensor, _job(engine, tensor, chunk, importance), start == starts[-1]
+
+
+def _job(
+    engine: Engine, tensor: PlannedTensor, rows: torch.Tensor, importance: torch.Tensor | None
+) -> Callable[[], torch.Tensor]:
+    if STORED_TYPES[rows.dtype] is tensor.qtype:
+        stored = rows.to(PLAIN_DTYPES[tensor.qtype]).contiguous()
+        return lambda: stored.view(torch.uint8).flatten()
+    return lambda: encode_rows(engine, rows, tensor.qtype, importance, tensor.name)
+
+
+def _rows(conversion: Conversion, tensor: PlannedTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A tensor as the rows in which it is stored, and the importance of their columns."""
+    if tensor.is_empty:
+        return torch.zeros(1, 1), None
+    weights = conversion.source.read(tensor.name)
+    if tuple(weights.shape) != tensor.shape:
+        raise GGUFError(
+            f"tensor '{tensor.name}' has shape {tuple(weights.shape)}, announced as {tensor.shape}",
+            path=conversion.source.path,
+            subject=tensor.name,
+        )
+    return weights.reshape(-1, tensor.stored_shape[-1]), _importance(conversion, tensor)
+
+
+def tensors_without_importance(conversion: Conversion) -> list[str]:
+    """Names of quantized matrices that the importance matrix says nothing about; [] without one."""
+    if conversion.imatrix is None:
+        return []
+    return [
+        t.name for t in conversion.plan.tensors if t.qtype not in PLAIN_DTYPES and not _has_importance(conversion, t)
+    ]

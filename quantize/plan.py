@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a conversion: for every tensor of a source its shape in the file, its type and its size. No data is read.
+
+Applies a recipe (recipes.py) to roles (models/archs.py), the user's exceptions to both, and the rules of the container:
+vectors and small tensors are float32, rows must be whole blocks, GGUF has four dimensions and none of size 1 in front.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from gguf.constants import GGML_QUANT_SIZES, QK_K, LlamaFileType
+from gguf.constants import GGMLQuantizationType as QType
+
+from ..errors import GGUFError, name_list, plain_text
+from ..layouts import LAYOUTS, bpw, n_bytes
+from ..models import archs
+from .recipes import KEPT, PLAIN_TYPES, RECIPES, SMALL_BLOCK_TYPES
+from .sources import Source, SourceTensor
+
+MAX_DIMS = 4  # of ggml; more are stored as rows
+SMALL = 1024  # weights; up to here a matrix costs more in quality than it saves
+
+# GGUF has signed integers only; a type that is wide enough takes the others.
+STORED_TYPES: Mapping[torch.dtype, QType] = MappingProxyType(
+    {
+        torch.float32: QType.F32,
+        torch.float16: QType.F16,
+        torch.bfloat16: QType.BF16,
+        torch.bool: QType.I8,
+        torch.int8: QType.I8,
+        torch.uint8: QType.I16,
+        torch.int16: QType.I16,
+        torch.uint16: QType.I32,
+        torch.int32: QType.I32,
+        torch.uint32: QType.I64,
+        torch.int64: QType.I64,
+        torch.uint64: QType.I64,
+    }
+)
+# What a user may name: every type that is dequantized here, and the integers that a recipe file repeats.
+QTYPE_NAMES = tuple(dict.fromkeys(q.name for q in (*LAYOUTS, *STORED_TYPES.values())))
+# general.file_type of a file that consists mostly of a type; of several recipes with one base the last, its S variant.
+_FILE_TYPES = {recipe.base: recipe.file_type for recipe in RECIPES.values()} | {
+    qtype: file_type for file_type, qtype in PLAIN_TYPES.values()
+}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the file to be.
+
+    Attributes:
+        name: as in the source and the file.
+        shape: logical shape, torch order.
+        stored_shape: shape in the file, torch order; another one than `shape` only if the container asks for it.
+        category: role in the model.
+        qtype: type in the file.
+        note: why it is not the type that the recipe wants, or "".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    category: archs.Category
+    qtype: QType
+    note: str = ""
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """Size in the file."""
+        return n_bytes(self.qtype, self.stored_shape)
+
+    @property
+    def is_empty(self) -> bool:
+        """A marker without elements, stored as one zero."""
+        return not prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will write.
+
+    Attributes:
+        arch: the architecture's entry.
+        type_name: a key of RECIPES or PLAIN_TYPES, or "" when every matrix keeps its type.
+        file_type: value of general.file_type.
+        tensors: in the order of the file.
+        warnings: sentences for the user.
+    """
+
+    arch: archs.Arch
+    type_name: str
+    file_type: LlamaFileType
+    tensors: tuple[PlannedTensor, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def n_weights(self) -> int:
+        """Weights in all tensors."""
+        return sum(prod(t.shape) for t in self.tensors)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors, without header and padding."""
+        return sum(t.n_bytes for t in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight over all tensors."""
+        return 8 * self.data_bytes / max(self.n_weights, 1)
+
+    @property
+    def label(self) -> str:
+        """Ending of the file's name: its type, or its own precision."""
+        return self.type_name or self.file_type.name.removeprefix("MOSTLY_").removeprefix("ALL_")
+
+    def as_json(self, file_bytes: int) -> dict[str, Any]:
+        """The plan as --dry-run --json prints it; file_bytes: the size of the whole file."""
+        keys = "name", "shape", "category", "qtype", "bytes"
+        rows = ((t.name, list(t.shape), t.category.value, t.qtype.name, t.n_bytes) for t in self.tensors)
+        return {
+            "arch": self.arch.name,
+            "type": self.label,
+            "file_bytes": file_bytes,
+            "bpw": self.bpw,
+            "warnings": list(self.warnings),
+            "tensors": [dict(zip(keys, row, strict=True)) for row in rows],
+        }
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user asked for.
+
+    Attributes:
+        type_name: a key of RECIPES or PLAIN_TYPES; "" keeps every matrix's own type.
+        arch: name of an architecture that replaces detection, or "".
+        overrides: (pattern, type) of --tensor-type, searched in the name; the first that is found wins.
+        exact: name -> type of a recipe file; weaker than overrides, stronger than type_name.
+        has_imatrix: an importance matrix will be used.
+    """
+
+    type_name: str = ""
+    arch: str = ""
+    overrides: tuple[tuple[re.Pattern[str], QType], ...] = ()
+    exact: Mapping[str, QType] = field(default_factory=dict)
+    has_imatrix: bool = False
+
+
+def make_plan(source: Source, choices: Choices) -> Plan:
+    """Decide type and shape of every tensor.
+
+    Raises:
+        GGUFError: the source has no model that can be told, or a type that was asked for cannot hold a tensor.
+    """
+    arch, warnings = choose_arch(source, choices.arch)
+    roles = archs.roles(arch, {name: t.shape for name, t in source.tensors.items()})
+    recipe = RECIPES.get(choices.type_name)
+    if recipe and recipe.needs_imatrix and not choices.has_imatrix:
+        raise GGUFError(
+            f"{choices.type_name} needs an importance matrix",
+            path=source.path,
+            hint="Give one with --imatrix, or take IQ4_XS, Q3_K_S or Q2_K, which do without.",
+        )
+    planner = _Planner(source.path, arch, choices)
+    tensors = tuple(planner.plan(source.tensors[name], role) for name, role in roles.items())
+    file_type = _file_type(choices.type_name, tensors)
+    return Plan(arch, choices.type_name, file_type, tensors, (*warnings, *_warnings(tensors, choices)))
+
+
+def choose_arch(source: Source, name: str) -> tuple[archs.Arch, tuple[str, ...]]:
+    """The architecture to convert as, by name or by content, and what the user should know about it."""
+    shapes = {key: t.shape for key, t in source.tensors.items()}
+    if name:
+        try:
+            return archs.named(name), ()
+        except ValueError as error:
+            raise GGUFError(f"--arch: {error}", path=source.path) from error
+    found = archs.find_all(shapes)
+    if len({arch.name for arch in found}) > 1:
+        raise GGUFError(
+            f"its tensors fit {len(found)} architectures: {name_list([arch.title for arch in found])}",
+            path=source.path,
+            hint="Say which with --arch.",
+        )
+    if found:
+        return found[0], ()
+    return archs.GENERIC, (
+        "this model is not recognised: embedders, first and last layers and small tensors keep their precision, the "
+        "rest is quantized. --arch NAME names a known architecture.",
+    )
+
+
+class _Planner:
+    """Applies one set of choices to tensors, one at a time."""
+
+    def __init__(self, path: Path, arch: archs.Arch, choices: Choices) -> None:
+        self.path = path
+        self.arch = arch
+        self.choices = choices
+        self.recipe = RECIPES.get(choices.type_name)
+        self.plain = PLAIN_TYPES[choices.type_name][1] if choices.type_name in PLAIN_TYPES else None
+
+    def plan(self, tensor: SourceTensor, role: archs.Role) -> PlannedTensor:
+        shape = stored_shape(tensor.shape, self.arch.reshape_conv and role.category not in KEPT)
+        explicit = self.explicit(tensor.name)
+        if explicit is not None:
+            self.check(tensor, shape, explicit)
+            return PlannedTensor(tensor.name, tensor.shape, shape, role.category, explicit)
+        qtype, note = self.by_recipe(tensor, shape, role)
+        return PlannedTensor(tensor.name, tensor.shape, shape, role.category, qtype, note)
+
+    def explicit(self, name: str) -> QType | None:
+        """The type that the user gave this tensor by name, if any."""
+        for pattern, qtype in self.choices.overrides:
+            if pattern.search(name):
+                return qtype
+        return self.choices.exact.get(name)
+
+    def check(self, tensor: SourceTensor, shape: tuple[int, ...], qtype: QType) -> None:
+        """Refuse a type that was asked for and cannot hold the tensor."""
+        row, block_size = shape[-1], GGML_QUANT_SIZES[qtype][0]
+        problem = ""
+        if not tensor.dtype.is_floating_point and qtype is not STORED_TYPES[tensor.dtype]:
+            problem = f"holds {str(tensor.dtype).removeprefix('torch.')}"
+        elif row % block_size:
+            problem = f"has rows of {row} weights, no multiple of {block_size}"
+        if problem:
+            raise GGUFError(
+                f"tensor '{plain_text(tensor.name)}' {problem} and cannot be {qtype.name}",
+                path=self.path,
+                subject=tensor.name,
+                hint="Choose another type for it.",
+            )
+
+    def by_recipe(self, tensor: SourceTensor, shape: tuple[int, ...], role: archs.Role) -> tuple[QType, str]:
+        """Type and note for a tensor that the user did not name."""
+        own = STORED_TYPES[tensor.dtype]
+        if not tensor.dtype.is_floating_point:
+            return own, ""
+        if len(tensor.shape) < 2 or not prod(tensor.shape):
+            return QType.F32, ""
+        if self.plain is None and self.recipe is None:
+            return own, ""
+        if role.f32 or prod(shape) <= SMALL:
+            return QType.F32, ""
+        if self.plain is not None:
+            return self.plain, ""
+        wanted = self.recipe.qtype(role) if self.recipe else None
+        return (own, "") if wanted is None else _fitting(wanted, shape[-1], own)
+
+
+def _fitting(wanted: QType, row: int, own: QType) -> tuple[QType, str]:
+    """The wanted type, or what stands in for it where rows are not whole blocks of it."""
+    if row % GGML_QUANT_SIZES[wanted][0] == 0:
+        return wanted, ""
+    note = f"{wanted.name} needs rows of a multiple of {GGML_QUANT_SIZES[wanted][0]}, these have {row}"
+    small = SMALL_BLOCK_TYPES.get(wanted, wanted)
+    return (small, note) if row % GGML_QUANT_SIZES[small][0] == 0 else (own, note)
+
+
+def stored_shape(shape: Sequence[int], reshape_conv: bool = False) -> tuple[int, ...]:
+    """The shape in which a tensor is stored, torch order: 1 to 4 dimensions, no leading 1.
+
+    Args:
+        shape: logical shape, torch order.
+        reshape_conv: store kernels of convolutions as rows of 256 weights where their number allows it.
+    """
+    if not prod(shape):
+        return (1,)  # ggml divides by its dimensions
+    if reshape_conv and len(shape) > 2 and prod(shape) % QK_K == 0 and prod(shape) > SMALL:
+        return (prod(shape) // QK_K, QK_K)
+    if len(shape) > MAX_DIMS:
+        shape = (shape[0], prod(shape[1:]))
+    trimmed = tuple(shape)
+    while len(trimmed) > 1 and trimmed[0] == 1:
+        trimmed = trimmed[1:]
+    return trimmed or (1,)
+
+
+def _file_type(type_name: str, tensors: Sequence[PlannedTensor]) -> LlamaFileType:
+    """What general.file_type says: the recipe's, or that of the type that most weights have."""
+    if type_name:
+        return RECIPES[type_name].file_type if type_name in RECIPES else PLAIN_TYPES[type_name][0]
+    weights = dict.fromkeys(_FILE_TYPES, 0)
+    for tensor in tensors:
+        if tensor.qtype in weights and len(tensor.shape) > 1:
+            weights[tensor.qtype] += prod(tensor.shape)
+    return _FILE_TYPES[max(weights, key=lambda qtype: weights[qtype])]
+
+
+def _warnings(tensors: Sequence[PlannedTensor], choices: Choices) -> list[str]:
+    """What a user would want to know about types that are not the recipe's, and about names that fit nothing."""
+    found = []
+    for qtype in sorted({t.qtype for t in tensors if t.note}, key=bpw):
+        noted = [t for t in tensors if t.qtype is qtype and t.note]
+        names = name_list([t.name for t in noted])
+        found.append(f"{len(noted)} tensors become {qtype.name} ({noted[0].note}): {names}")
+    unused = [p.pattern for p, _ in choices.overrides if not any(p.search(t.name) for t in tensors)]
+    if unused:
+        found.append(f"--tensor-type patterns that no tensor matches: {name_list(unused)}")
+    strangers = sorted(set(choices.exact) - {t.name for t in tensors})
+    if strangers:
+        found.append(f"names in the recipe that the model does not have: {name_list(strangers)}")
+    return found
+
+
+def read_recipe_file(path: Path) -> dict[str, QType]:
+    """Read name -> type from a file with a line `name=TYPE` per tensor; empty lines and lines after # are comments.
+
+    Raises:
+        GGUFError: the file cannot be read, or a line is not of this form.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise GGUFError(f"the recipe cannot be read: {error}", path=path, hint="Check the path.") from error
+    exact: dict[str, QType] = {}
+    for number, line in enumerate(lines, 1):
+        name, separator, type_name = line.strip().rpartition("=")
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if not separator or not name or name in exact:
+            problem = "names a tensor twice" if name in exact else "is not of the form name=TYPE"
+            raise GGUFError(f"line {number} {problem}: '{plain_text(line)}'", path=path, hint="Correct that line.")
+        exact[name] = parse_qtype(type_name, path=path, where=f"line {number}")
+    return exact
+
+
+def parse_qtype(text: str, *, path: Path | None = None, where: str = "--tensor-type") -> QType:
+    """The type of a name, in upper or lower case."""
+    name = text.strip().upper()
+    if name not in QTYPE_NAMES:
+        raise GGUFError(
+            f"{where}: '{plain_text(text)}' is no type of tensors", path=path, hint=f"Types: {', '.join(QTYPE_NAMES)}."
+        )
+    return QType[name]
+
+
+def recipe_text(plan: Plan) -> str:
+    """The plan as a recipe file, which --recipe and the patched llama-quantize read: one `name=TYPE` per tensor."""
+    head = f"# {plan.arch.title}, {plan.label}: {plan.bpw:.2f} bits per weight\n"
+    return head + "".join(f"{t.name}={t.qtype.name}\n" for t in plan.tensors)
