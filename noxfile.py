@@ -38,7 +38,7 @@ TOOLS = ["pytest>=8", "hypothesis>=6", "tqdm", "Pillow", "ruff==0.17.6", "mypy==
 # Installed alone: torchaudio asks for another torch but imports beside this one; ggml makes the test files.
 WITHOUT_DEPENDENCIES = ["torchaudio==2.11.0", "libggml-python==0.20.2.post1"]
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")}
-TYPED = ["errors", "layouts", "gguf_file", "dequant", "kernels", "loader", "demo"]
+TYPED = ["errors", "layouts", "gguf_file", "dequant", "kernels", "models", "loader", "quantize", "tools", "demo"]
 
 
 def find_uv() -> str | None:

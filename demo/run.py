@@ -4,9 +4,9 @@
     nox -s demo            everything, on a fresh machine
     python demo/run.py     the same where the requirements are installed
 
-Makes GGUF files of the BF16 model in tests/data, starts ComfyUI with this pack in it, and submits one workflow per file
-and prompt over its API: "Unet Loader (GGUF)" and otherwise ComfyUI's own nodes. The reference is the safetensors file
-through ComfyUI's own loader. Pictures, a contact sheet and the table go to demo-output/.
+Converts the BF16 safetensors model in tests/data with tools/convert.py to every type, starts ComfyUI with this pack in
+it, and submits one workflow per file and prompt over its API: "Unet Loader (GGUF)" and otherwise ComfyUI's own nodes. The
+reference is the safetensors file through ComfyUI's own loader. Pictures, a contact sheet and the table go to demo-output/.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from gguf_kit.demo.workflow import (
     safetensors_loader,
     seconds_per_step,
 )
-from gguf_kit.tests.make_files import write_gguf
+from gguf_kit.quantize.recipes import RECIPES
+from gguf_kit.tools import convert
 
 OUTPUT = host.PACK / "demo-output"
-TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K_S", "Q4_K_S", "IQ4_XS", "Q3_K_S", "Q2_K")
+TYPES = ("BF16", *(name for name, recipe in RECIPES.items() if not recipe.needs_imatrix))
 REFERENCE = "safetensors"
 HEADINGS = ("type", "MB", "bits/weight", "latent rel. error", "PSNR dB", "s/step")
 METHOD = (
@@ -77,9 +78,14 @@ class Row:
 
 
 def make_models(folder: Path, types: Sequence[str]) -> dict[str, Path]:
-    """GGUF files of the tiny Flux, always made anew: type -> path."""
-    names = tqdm(types, desc="quantize", unit="file", disable=None)
-    return {name: write_gguf(name, folder / f"tiny-flux-{name}.gguf") for name in names}
+    """GGUF files of the tiny Flux, always made anew by the converter: type -> path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"tiny-flux-{name}.gguf" for name in types}
+    for name, path in paths.items():
+        options = ["--src", str(tiny_flux.MODEL), "--dst", str(path), "--type", name, "--overwrite"]
+        if convert.main(options):
+            raise ServerError(f"tools/convert.py could not make {path.name}")
+    return paths
 
 
 def make_server(work: Path, models: Sequence[Path], log: Path) -> ComfyServer:
