@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from gguf.constants import GGMLQuantizationType
@@ -93,7 +93,7 @@ def load_diffusion_model(path: str | os.PathLike[str]) -> tuple[StateDict, LoadI
             path=path,
             hint='Load it with "CLIPLoader (GGUF)".',
         )
-    names = _strip_prefix(file.tensors)
+    names = archs.strip_prefix(file.tensors)
     shapes = {key: file.logical_shape(name) for key, name in names.items()}
     arch = archs.detect(shapes)
     if arch is not None and arch.reject:
@@ -134,7 +134,7 @@ def _arch_tag(file: GGUFFile) -> str:
 
 
 def _no_text_encoder(file: GGUFFile) -> UnsupportedArch:
-    names = _strip_prefix(file.tensors)
+    names = archs.strip_prefix(file.tensors)
     arch = archs.detect({key: file.logical_shape(name) for key, name in names.items()})
     if arch is not None:
         return UnsupportedArch(
@@ -148,16 +148,6 @@ def _no_text_encoder(file: GGUFFile) -> UnsupportedArch:
         path=file.path,
         hint=f"Take the safetensors file of this encoder; from GGUF this version loads: {known}.",
     )
-
-
-def _strip_prefix(names: Iterable[str]) -> dict[str, str]:
-    """Key to tensor name: without the prefix that a whole checkpoint gives its diffusion model, if any has it."""
-    names = list(names)
-    for prefix in archs.KEY_PREFIXES:
-        inside = {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
-        if inside:
-            return inside
-    return {name: name for name in names}
 
 
 def _read(file: GGUFFile, names: Mapping[str, str], title: str) -> tuple[StateDict, LoadInfo]:

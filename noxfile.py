@@ -79,7 +79,7 @@ def install(session: nox.Session, arguments: list[str]) -> None:
 
 
 def prepare(session: nox.Session) -> tuple[str, dict[str, str]]:
-    """Python of an environment that has everything, and variables for what runs in it."""
+    """Python of an environment that has everything, ggml built, and variables for what runs in it."""
     make_environment(session)
     try:
         comfyui = host.get_host(environment_python())
@@ -96,7 +96,9 @@ def prepare(session: nox.Session) -> tuple[str, dict[str, str]]:
         install(session, ["--no-deps", *WITHOUT_DEPENDENCIES])
         INSTALLED.write_text(stamp, encoding="utf-8")
     session.log(f"ComfyUI {host.host_version(comfyui)} in {comfyui}")
-    return str(environment_python()), {"COMFYUI_PATH": str(comfyui)}
+    variables = {"COMFYUI_PATH": str(comfyui), "GGUF_KIT_CACHE": str(ROOT / ".cache" / "gguf-kit")}
+    session.run(str(environment_python()), "tools/llama_cpp/build.py", env=variables, silent=True, external=True)
+    return str(environment_python()), variables
 
 
 @nox.session(python=False)

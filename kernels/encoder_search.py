@@ -359,10 +359,11 @@ class _LineSearch:
 
     def __init__(self, x: Tensor, weights: Tensor, nmax: int, use_mad: bool) -> None:
         self.x, self.weights, self.nmax, self.use_mad = x, weights, nmax, use_mad
-        self.smallest = x[0]
-        for row in x[1:]:  # not amin, which may give another of two zeros
+        self.smallest, largest = x[0], x[0]
+        for row in x[1:]:  # not aminmax, which may give zeros of another sign
             self.smallest = torch.where(row < self.smallest, row, self.smallest)
-        self.ends = torch.stack((self.smallest, x.amax(0)))  # (2, n_sub_blocks)
+            largest = torch.where(row > largest, row, largest)
+        self.ends = torch.stack((self.smallest, largest))  # (2, n_sub_blocks)
         self.sum_w = weights[0].clone()
         self.sum_x = weights[0] * x[0]
         for w, row in zip(weights[1:], x[1:], strict=True):

@@ -29,15 +29,30 @@ __all__ = [
     "find_all",
     "named",
     "roles",
+    "strip_prefix",
 ]
 
 # What ComfyUI and others put before the keys of a diffusion model in a whole checkpoint.
 KEY_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+MIN_PREFIXED = 6  # comfy/model_detection.py, unet_prefix_from_state_dict
 
 # Numbered blocks of an unrecognised model that hold less of its weights than this part feed others; they are kept.
 MIN_STACK_SHARE = 1 / 20
 NUMBERED = re.compile(r"(.+?\D)\d+\.(?=.*\.)")
 FEEDS_BLOCKS = re.compile(r"embed|refiner|adapter|connector")
+
+
+def strip_prefix(names: Iterable[str]) -> dict[str, str]:
+    """Key to name: without the prefix that a whole checkpoint gives its diffusion model, whose tensors alone are kept.
+
+    As in ComfyUI, a prefix counts when more than a handful of names have it.
+    """
+    names = list(names)
+    for prefix in KEY_PREFIXES:
+        inside = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+        if len(inside) >= MIN_PREFIXED:
+            return inside
+    return {name: name for name in names}
 
 
 def find_all(shapes: Shapes) -> list[Arch]:

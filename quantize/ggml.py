@@ -102,9 +102,15 @@ def _load(path: str) -> ctypes.CDLL:
         library.ggml_quantize_init.restype = None
         library.ggml_quantize_init.argtypes = [ctypes.c_int]
         library.ggml_quantize_chunk.restype = ctypes.c_size_t
-        library.ggml_quantize_chunk.argtypes = (
-            [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
-        )
+        library.ggml_quantize_chunk.argtypes = [
+            ctypes.c_int,  # type
+            ctypes.c_void_p,  # weights
+            ctypes.c_void_p,  # out
+            ctypes.c_int64,  # first weight
+            ctypes.c_int64,  # rows
+            ctypes.c_int64,  # columns
+            ctypes.c_void_p,  # importance
+        ]
     except (OSError, AttributeError) as error:
         raise BuildError(
             f"the library cannot be used: {error}",

@@ -227,12 +227,7 @@ def _title(shapes: Mapping[str, tuple[int, ...]]) -> str:
     encoder = text_encoders.detect(shapes)
     if encoder is not None:
         return encoder.title
-    for prefix in archs.KEY_PREFIXES:
-        inside = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
-        if inside:
-            shapes = inside
-            break
-    arch = archs.detect(shapes)
+    arch = archs.detect({key: shapes[name] for key, name in archs.strip_prefix(shapes).items()})
     return arch.title if arch is not None else ""
 
 

@@ -181,10 +181,7 @@ def choose_arch(source: Source, name: str) -> tuple[archs.Arch, tuple[str, ...]]
     """The architecture to convert as, by name or by content, and what the user should know about it."""
     shapes = {key: t.shape for key, t in source.tensors.items()}
     if name:
-        try:
-            return archs.named(name), ()
-        except ValueError as error:
-            raise GGUFError(f"--arch: {error}", path=source.path) from error
+        return archs.named(name), ()
     found = archs.find_all(shapes)
     if len({arch.name for arch in found}) > 1:
         raise GGUFError(

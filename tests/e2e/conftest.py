@@ -12,9 +12,9 @@ import pytest
 from gguf_kit.demo import host, tiny_flux
 from gguf_kit.demo.server import ComfyServer
 from gguf_kit.demo.workflow import Loader, build_workflow, gguf_loader, run_workflow, safetensors_loader
-from gguf_kit.tests.make_files import write_gguf
+from gguf_kit.tools import convert
 
-TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K_S", "Q4_K_S", "Q3_K_S", "Q2_K")
+TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
 REFERENCE = "safetensors"
 EXTRA_PATHS = """
 tests:
@@ -59,9 +59,12 @@ def loader_of(type_name: str) -> Loader:
 
 @pytest.fixture(scope="session")
 def gguf_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny Flux as GGUF, made by ggml: type name -> file."""
+    """The tiny Flux as GGUF, made by tools/convert.py: type name -> file."""
     folder = tmp_path_factory.mktemp("gguf")
-    return {name: write_gguf(name, folder / f"tiny-flux-{name}.gguf") for name in TYPES}
+    paths = {name: folder / f"tiny-flux-{name}.gguf" for name in TYPES}
+    for name, path in paths.items():
+        assert convert.main(["--src", str(tiny_flux.MODEL), "--dst", str(path), "--type", name]) == 0
+    return paths
 
 
 @pytest.fixture(scope="session")

@@ -97,6 +97,14 @@ def test_more_bits_give_less_error(sample) -> None:
     assert errors == sorted(errors)
 
 
+@pytest.mark.slow
+def test_mixtures_are_better_than_the_plain_type_below_them(sample) -> None:
+    reference = sample("safetensors")
+    mixed = ("Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S")
+    errors = [metrics.latent_error(sample(name).latents, reference.latents) for name in mixed]
+    assert errors == sorted(errors)
+
+
 def test_truncated_file_is_reported_in_one_sentence(server: ComfyServer, base: Path, gguf_files) -> None:
     name = "cut-off.gguf"
     content = gguf_files["Q2_K"].read_bytes()

@@ -60,7 +60,7 @@ def test_text_says_what_the_file_is(run, tiny_flux):
 
 
 def test_model_is_recognised_by_content_under_a_checkpoints_prefix(run, write):
-    keys = ("double_blocks.0.img_attn.proj.weight", "vector_in.in_layer.weight", "img_in.weight")
+    keys = ["double_blocks.0.img_attn.proj.weight", "vector_in.in_layer.weight", "img_in.weight", *"abc"]
     path = write({f"model.diffusion_model.{key}": floats(np.zeros((2, 64))) for key in keys})
     assert run(path, "--json").document["model"] == "Flux.1 schnell"
 

@@ -283,3 +283,8 @@ def test_strings_of_the_source_are_handed_on_and_others_are_not(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     assert load_diffusion_model(path)[1].metadata == {"config": '{"transformer": {}}'}
+
+
+def test_one_stray_name_with_a_prefix_does_not_hide_the_model(tmp_path):
+    path = write(tmp_path / "model.gguf", FLUX | {"diffusion_model.stray": (HIDDEN,)})
+    assert set(load_diffusion_model(path)[0]) == {*FLUX, "diffusion_model.stray"}

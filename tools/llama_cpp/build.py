@@ -263,7 +263,8 @@ def _check_program(program: Path, folder: Path) -> None:
 
 
 def _progress_bar(done: Iterable[Path], total: int) -> Iterable[Path]:
-    return tqdm(done, total=total, unit="file", desc="compiling", leave=False)
+    bar: Iterable[Path] = tqdm(done, total=total, unit="file", desc="compiling", leave=False)
+    return bar
 
 
 def _say(line: str) -> None:

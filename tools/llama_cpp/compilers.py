@@ -24,6 +24,7 @@ from gguf_kit.tools.llama_cpp.source import PINNED, Log
 
 KINDS = ("auto", "cc", "gcc", "clang", "zig")
 COMMANDS = {"cc": ("cc", "c++"), "gcc": ("gcc", "g++"), "clang": ("clang", "clang++")}
+COMPANIONS = dict(COMMANDS.values())
 # Tried in this order; auto is all of them.
 SYSTEM_KINDS = tuple(COMMANDS)
 PROBE = '#include <vector>\nextern "C" int probe(int n) { return (int) std::vector<int>(n).size(); }\n'
@@ -99,14 +100,15 @@ def find_compiler(kind: str, log: Log, target: str = "") -> Compiler:
 def _candidates(kind: str) -> list[Compiler]:
     """System compilers to try."""
     found = []
-    if kind == "auto" and os.environ.get("CC"):
-        c = tuple(shlex.split(os.environ["CC"], posix=os.name != "nt"))
-        named = os.environ.get("CXX") or os.environ["CC"].replace("gcc", "g++").replace("clang", "clang++")
-        cxx = tuple(shlex.split(named, posix=os.name != "nt"))
-        found.append(Compiler("cc", c, ("c++",) if cxx == ("cc",) else cxx))
-    kinds = SYSTEM_KINDS if kind == "auto" else (kind,)
-    pairs = [(name, *(shutil.which(command) for command in COMMANDS[name])) for name in kinds]
-    return found + [Compiler(name, (c,), (cxx,)) for name, c, cxx in pairs if c and cxx]
+    named = os.environ.get("CC")
+    if kind == "auto" and named:
+        cxx = os.environ.get("CXX") or COMPANIONS.get(Path(named).name, named)
+        found.append(Compiler("$CC", tuple(shlex.split(named)), tuple(shlex.split(cxx))))
+    for name in SYSTEM_KINDS if kind == "auto" else (kind,):
+        c, cxx_path = (shutil.which(command) for command in COMMANDS[name])
+        if c and cxx_path:
+            found.append(Compiler(name, (c,), (cxx_path,)))
+    return found
 
 
 def works(compiler: Compiler) -> bool:
