@@ -295,7 +295,7 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._buffer = _map_file(self.path)
+        self._buffer = map_file(self.path)
         reader = _Reader(self._buffer, self.path)
         self.version = _read_version(reader)
         n_tensors = _read_count(reader, MIN_TENSOR_BYTES, "tensors")
@@ -338,7 +338,7 @@ class GGUFFile:
         return {key: str(self.metadata[key]) for key in texts if not key.startswith(OWN_KEYS)}
 
 
-def _map_file(path: str) -> mmap.mmap:
+def map_file(path: str) -> mmap.mmap:
     """Map a whole regular file so that no write can reach it."""
     try:
         status = os.stat(path)

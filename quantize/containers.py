@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..dequant import PLAIN_DTYPES
 from ..errors import BadFile, UnsupportedQtype, name_list, plain_text
-from ..gguf_file import DAMAGED, GGUFFile, _map_file
+from ..gguf_file import DAMAGED, GGUFFile, map_file
 
 Tensor = torch.Tensor
 
@@ -100,7 +100,7 @@ def open_file(path: Path) -> Contents:
     """
     if path.exists() and not path.is_file():
         raise BadFile("this is a device or pipe, not a file", path=path, hint=KNOWN_FILES)
-    head = bytes(_map_file(str(path))[:64])
+    head = bytes(map_file(str(path))[:64])
     if head.startswith(b"GGUF"):
         return _open_gguf(path)
     if head[8:9] == b"{":  # before pickles, whose first bytes can also be the length of a header
@@ -118,7 +118,7 @@ def _open_safetensors(path: Path) -> Contents:
 
     The library's own map for torch is refused by the system for files larger than memory.
     """
-    buffer = _map_file(str(path))
+    buffer = map_file(str(path))
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})

@@ -40,7 +40,7 @@ GGML_SOURCES = (
     "ggml/src/ggml-opt.cpp ggml/src/ggml-alloc.c ggml/src/ggml.cpp ggml/src/ggml-threading.cpp"
 ).split()
 # What llama-quantize runs. These files also name functions of the rest of llama.cpp that quantizing never calls;
-# the linker drops those callers (SECTION_FLAGS, GC_FLAGS), so 15 files are compiled instead of 300.
+# the linker drops those callers (SECTION_FLAGS, GC_FLAGS), so 16 files are compiled instead of 300.
 PROGRAM_SOURCES = (
     "ggml/src/ggml-backend-reg.cpp ggml/src/ggml-backend-dl.cpp src/llama.cpp src/llama-arch.cpp src/llama-hparams.cpp "
     "src/llama-impl.cpp src/llama-mmap.cpp src/llama-model-loader.cpp src/llama-quant.cpp common/common.cpp "
