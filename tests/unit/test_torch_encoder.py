@@ -238,9 +238,10 @@ def test_encodable_qtypes_are_the_simple_ones_the_k_types_and_iq4():
 @pytest.mark.parametrize("qtype", OWN_QTYPES + K_QTYPES, ids=by_name)
 @pytest.mark.parametrize("shape", [(0, 512), (3, 0)], ids=str)
 def test_an_empty_matrix_gives_no_blocks(qtype, shape):
-    encoded = encode(torch.empty(shape), qtype, torch.ones(shape[1]))
-    assert encoded.dtype == torch.uint8
-    assert encoded.shape == (shape[0], shape[1] // 256 * gguf.quant_shape_to_byte_shape((256,), qtype)[0])
+    for importance in (None, torch.ones(shape[1])):
+        encoded = encode(torch.empty(shape), qtype, importance)
+        assert encoded.dtype == torch.uint8
+        assert encoded.shape == (shape[0], shape[1] // 256 * gguf.quant_shape_to_byte_shape((256,), qtype)[0])
 
 
 @pytest.mark.parametrize("qtype", [QType.Q8_0, QType.IQ4_XS, QType.Q4_K], ids=by_name)
