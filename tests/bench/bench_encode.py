@@ -35,6 +35,9 @@ import torch  # noqa: E402
 from gguf import GGMLQuantizationType as QType  # noqa: E402
 from gguf_kit.kernels import torch_encoder  # noqa: E402
 from gguf_kit.layouts import byte_shape, n_bytes  # noqa: E402
+from gguf_kit.quantize import ggml  # noqa: E402
+from gguf_kit.quantize.encode import Engine, GgmlEngine, TorchEngine, encode_rows  # noqa: E402
+from gguf_kit.tools.llama_cpp import build  # noqa: E402
 
 # Matrices of real models, rows by columns.
 SHAPES = {
@@ -103,26 +106,32 @@ def prepare_baseline(case: Case, inputs: Inputs, place: Place) -> Action:
     return action
 
 
-def prepare_torch(case: Case, inputs: Inputs, place: Place) -> Action:
-    """The pure-torch encoder: on a CPU each thread has its share of the rows, elsewhere all go at once."""
+def prepare_engine(engine: Engine, case: Case, inputs: Inputs, place: Place) -> Action:
+    """One of the converter's engines, with its checks: on a CPU each thread has its share of the rows."""
     torch.set_num_threads(1)  # several intra-op threads wait for each other at every operation
-    weights, importance = (None if each is None else each.to(place.device) for each in inputs)
-    shares = torch.tensor_split(weights, place.threads if place.device.type == "cpu" else 1)
+    weights, importance = (None if each is None else each.to(engine.device) for each in inputs)
+    shares = torch.tensor_split(weights, place.threads if engine.device.type == "cpu" else 1)
 
-    def action() -> torch.Tensor:
-        encoded = torch.cat(
-            list(place.pool.map(lambda rows: torch_encoder.encode(rows, case.qtype, importance), shares))
-        )
-        if place.device.type != "cpu":
-            torch.accelerator.synchronize(place.device)
-        return encoded
+    def encode(rows: torch.Tensor) -> torch.Tensor:
+        return encode_rows(engine, rows, case.qtype, importance, "weights").view(byte_shape(case.qtype, rows.shape))
 
-    return action
+    return lambda: torch.cat(list(place.pool.map(encode, shares)))
+
+
+def prepare_torch(case: Case, inputs: Inputs, place: Place) -> Action:
+    """The pure-torch encoder, on the device; its bytes come back to the CPU as in a conversion."""
+    return prepare_engine(TorchEngine(place.device), case, inputs, place)
+
+
+def prepare_ggml(case: Case, inputs: Inputs, place: Place) -> Action:
+    """The pack's own build of ggml."""
+    return prepare_engine(GgmlEngine(ggml.find_library() or build.build_ggml(print)), case, inputs, place)
 
 
 # The first one judges the bytes and is the 1 of the ratios. A new engine is a line.
 ENGINES: dict[str, Callable[[Case, Inputs, Place], Action]] = {
     "ggml_quantize_chunk": prepare_baseline,
+    "ggml": prepare_ggml,
     "torch": prepare_torch,
 }
 BASELINE = next(iter(ENGINES))
