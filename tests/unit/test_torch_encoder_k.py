@@ -294,16 +294,25 @@ def test_searches_fit_what_can_be_fitted_exactly():
     assert torch.allclose(scale * (codes.float() - 16), -steps)
 
 
-def test_codes_beyond_the_range_are_clamped_with_an_importance():
-    # The smallest number counts nothing, so a line is found whose min is the maximum. Results of ggml b11434; older
-    # ones, such as libggml-python 0.20.2, let the codes wrap around.
-    x = torch.tensor([-0.0] * 13 + [-1.0076911449432373, -0.016983982175588608, -0.0])
+@pytest.mark.parametrize(
+    ("first_zero", "expected_scale", "expected_codes"),
+    [
+        (-0.0, -0.005661327391862869, [0] * 13 + [3, 3, 0]),
+        (0.0, -0.000329823000356555, [3] * 13 + [0, 3, 3]),
+    ],
+)
+def test_codes_beyond_the_range_with_an_importance(first_zero, expected_scale, expected_codes):
+    # The smallest number counts nothing, so a line is found whose min is the maximum, 0, and the first zero's sign
+    # decides. From ggml b11434; older ones, such as libggml-python 0.20.2, let the codes wrap around.
+    x = torch.tensor([[-0.0, 0.0]] * 13 + [[-1.0076911449432373] * 2, [-0.016983982175588608] * 2, [-0.0, 0.0]])
+    x = x.repeat(1, 32)  # a sign for the other zeros in each column
+    x[0] = first_zero
     weights = [0, 0, 0.5405794978141785, 0.29021841287612915, 0.5847291946411133, 0.22749729454517365]
     weights += [0.5078117847442627, 0, 0.5815524458885193, 0, 0, 0.40332385897636414, 0, 0, 0.22180801630020142]
     weights = torch.tensor([*weights, 0.4497573673725128])
-    scale, low, codes = make_qkx3_quants(x[:, None], weights[:, None], 3, -0.9, 0.05, 36)
-    assert (scale.item(), low.item()) == (-0.005661327391862869, 0)
-    assert codes.flatten().tolist() == [0] * 13 + [3, 3, 0]
+    scale, _, codes = make_qkx3_quants(x, weights[:, None].repeat(1, 64), 3, -0.9, 0.05, 36)
+    assert scale.tolist() == [expected_scale] * 64
+    assert codes.T.tolist() == [expected_codes] * 64
 
 
 def test_a_negative_number_among_scales_gets_the_low_bits_of_its_code():
