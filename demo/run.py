@@ -5,8 +5,9 @@
     python demo/run.py     the same where the requirements are installed
 
 Converts the BF16 safetensors model in tests/data with tools/convert.py to every type, starts ComfyUI with this pack in
-it, and submits one workflow per file and prompt over its API: "Unet Loader (GGUF)" and otherwise ComfyUI's own nodes. The
-reference is the safetensors file through ComfyUI's own loader. Pictures, a contact sheet and the table go to demo-output/.
+it, and submits one workflow per file and prompt over its API: "Unet Loader (GGUF)" and otherwise ComfyUI's own nodes.
+The reference is the safetensors file through ComfyUI's own loader. Pictures, a contact sheet and the table go to
+demo-output/.
 """
 
 from __future__ import annotations

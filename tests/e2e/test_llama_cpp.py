@@ -28,7 +28,7 @@ FAST = [QType[name] for name in golden.PROGRAM_TYPES]
 FLOATS = {QType.F32: torch.float32, QType.F16: torch.float16, QType.BF16: torch.bfloat16}
 LONG, LONGER = "Model.Block_" + "x" * 115, "y" * 247
 MISSING = {kind: not all(map(shutil.which, pair)) for kind, pair in compilers.COMMANDS.items()}
-MISSING["zig"] = importlib.util.find_spec("ziglang") is None
+MISSING["zig"] = importlib.util.find_spec("ziglang") is None and not compilers.zig_home().is_dir()
 
 # Name, torch shape, type in the recipe.
 TENSORS: tuple[tuple[str, tuple[int, ...], QType], ...] = (

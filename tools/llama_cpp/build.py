@@ -281,9 +281,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--compiler", choices=compilers.KINDS, default="auto", help="default: $CC, cc, gcc or clang; else zig from PyPI"
     )
     add("--cross", metavar="TRIPLE", help="build the library for another system with zig, without checking its bytes")
+    add("--fetch", action="store_true", help="only download the source, so that later builds need no network")
     args = parser.parse_args(argv)
     try:
-        if args.cross:
+        if args.fetch:
+            path = source.fetch_archive(_say)
+        elif args.cross:
             path = cross_build(_say, args.cross, args.source, _progress_bar)
         else:
             build = build_ggml if args.target == "ggml" else build_llama_quantize

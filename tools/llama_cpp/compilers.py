@@ -124,13 +124,18 @@ def works(compiler: Compiler) -> bool:
         return (folder / "probe.so").is_file()
 
 
+def zig_home() -> Path:
+    """Where the cache keeps the ziglang wheel's content."""
+    return cache_folder() / f"ziglang-{PINNED.ziglang}"
+
+
 def get_zig(log: Log, target: str = "") -> Compiler:
     """The compiler of the ziglang wheel: of this environment, else of the cache, installed there if need be.
 
     Raises:
         BuildError: pip cannot install it.
     """
-    home = cache_folder() / f"ziglang-{PINNED.ziglang}"
+    home = zig_home()
     environment = {
         "ZIG_GLOBAL_CACHE_DIR": str(cache_folder() / "zig"),
         "ZIG_LOCAL_CACHE_DIR": str(cache_folder() / "zig"),

@@ -35,7 +35,8 @@ PATCH = BUILD_FOLDER / "llama_cpp.patch"
 DEFAULT_INDEX = "https://pypi.org/simple"
 # What a build reads of llama.cpp; models, tests and backends stay in the archive.
 NEEDED = re.compile(
-    r"(ggml/include|ggml/src|ggml/src/ggml-cpu|include|src|common|vendor/nlohmann|vendor/sheredom|tools/quantize)/[^/]+"
+    r"(ggml/include|ggml/src|ggml/src/ggml-cpu|include|src|common|vendor/nlohmann|vendor/sheredom|tools/quantize)/"
+    r"[\w.-]*\w"
 )
 TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 1 << 20
@@ -235,7 +236,7 @@ def _unpack_needed(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             inner = member.name.partition("/llama.cpp/")[2]
-            if member.isfile() and NEEDED.fullmatch(inner) and ".." not in inner:
+            if member.isfile() and NEEDED.fullmatch(inner):
                 target = folder / inner
                 target.parent.mkdir(parents=True, exist_ok=True)
                 content = tar.extractfile(member)
