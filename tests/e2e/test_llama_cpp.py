@@ -20,6 +20,7 @@ import torch
 from gguf import GGMLQuantizationType as QType
 from gguf_kit.gguf_file import GGUFFile
 from gguf_kit.quantize import ggml
+from gguf_kit.tools import convert
 from gguf_kit.tools.llama_cpp import build, compilers, golden, source
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -191,6 +192,23 @@ def test_a_type_that_needs_an_imatrix_is_refused_without_one(program, tmp_path):
     done = quantize(program, tmp_path, "x.weight=IQ2_XS\n")
     assert done.returncode == 1
     assert "requires an imatrix" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("type_name", ["Q4_K_M", "Q3_K_S"])
+def test_the_classical_chain_writes_what_the_converter_writes(program, tmp_path, type_name):
+    """Exactly the commands of README.md, with the tiny Flux."""
+    plain, ours, theirs = (tmp_path / f"{name}.gguf" for name in ("plain", "ours", "theirs"))
+    recipe = tmp_path / "recipe.txt"
+    assert convert.main(["--src", str(make_files.MODEL), "--dst", str(plain)]) == 0
+    options = ["--src", str(make_files.MODEL), "--dst", str(ours), "--type", type_name]
+    assert convert.main([*options, "--export-recipe", str(recipe)]) == 0
+    command = [program, "--tensor-type-file", recipe, plain, theirs, type_name]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    made, expected = GGUFFile(theirs), GGUFFile(ours)
+    assert list(made.tensors) == list(expected.tensors)
+    for name, info in expected.tensors.items():
+        assert (made.tensors[name].qtype, made.tensors[name].shape) == (info.qtype, info.shape)
+        assert torch.equal(made.data(name), expected.data(name)), name
 
 
 def test_our_applier_and_git_apply_agree_on_the_patch(archive, sources, tmp_path, monkeypatch):
