@@ -70,7 +70,7 @@ REMOVED_QTYPES = frozenset({4, 5, 31, 32, 33, 36, 37, 38})
 # Metadata key, followed by a tensor's name: the shape that it had before it was made to fit GGUF; int32, torch order.
 ORIG_SHAPE_KEY = "comfy.gguf.orig_shape."
 # Beginnings of keys that say what a file is; all other strings were carried along from the model it was made of.
-OWN_KEYS = ("general.", "tokenizer.", "quantize.", "split.", "comfy.gguf.")
+OWN_KEYS = ("general.", "tokenizer.", "quantize.", "split.", "comfy.gguf.", "GGUF.")
 DAMAGED = "The file is damaged or incomplete; download it again."
 
 _unpack_u64 = struct.Struct("<Q").unpack_from

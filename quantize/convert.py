@@ -24,7 +24,9 @@ from .plan import STORED_TYPES, Plan, PlannedTensor
 from .sources import Source
 from .writer import Writer, file_size, make_header, merged_metadata
 
-CHUNK_WEIGHTS = 2**21  # 8 MB as float32
+CHUNK_WEIGHTS = 2**21  # 8 MB as float32; with many threads chunks are smaller
+MIN_CHUNK_WEIGHTS = 2**18
+MAX_WEIGHTS_IN_FLIGHT = 2**24
 GPU_CHUNK_WEIGHTS = 2**25
 CHUNKS_PER_THREAD = 3  # in flight: one at work, one waiting, one done
 
@@ -50,7 +52,8 @@ class Conversion:
 
     def header(self) -> bytes:
         """The file's bytes before its data."""
-        imatrix_name = self.imatrix.path.name if self.imatrix else ""
+        used = any(_has_importance(self, tensor) for tensor in self.plan.tensors)
+        imatrix_name = self.imatrix.path.name if self.imatrix and used else ""
         return make_header(self.plan, self.name, merged_metadata(self.source.metadata)[0], imatrix_name)
 
 
@@ -69,7 +72,7 @@ def convert(
         GGUFError: a tensor cannot be read or encoded, or the file cannot be written.
     """
     check_engine(engine, frozenset(t.qtype for t in conversion.plan.tensors))
-    _check_importance(conversion)
+    check_importance(conversion)
     header = conversion.header()
     with Writer(path, file_size(conversion.plan, header), overwrite=overwrite) as writer:
         writer.write(header)
@@ -81,10 +84,17 @@ def convert(
                 progress(tensor, data.numel())
 
 
-def _check_importance(conversion: Conversion) -> None:
-    """Refuse, before anything is written, an importance matrix of another model or without what it must have."""
+def check_importance(conversion: Conversion) -> None:
+    """Refuse an importance matrix of another model, or one without what it must have; nothing is read or written.
+
+    Raises:
+        GGUFError: no entry or not every needed entry is of this model.
+    """
     for tensor in conversion.plan.tensors:
         _importance(conversion, tensor)
+    if conversion.imatrix and not {t.name for t in conversion.plan.tensors} & set(conversion.imatrix.columns):
+        hint = "The importance matrix was made with another model."
+        raise GGUFError("none of its entries is a tensor of the model", path=conversion.imatrix.path, hint=hint)
     without = [
         t.name for t in conversion.plan.tensors if requires_imatrix(t.qtype) and not _has_importance(conversion, t)
     ]
@@ -119,7 +129,7 @@ def _encoded(conversion: Conversion, engine: Engine, n_threads: int) -> Iterator
     pending: deque[tuple[PlannedTensor, Future[torch.Tensor], bool]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         try:
-            for tensor, work, is_last in _work(conversion, engine):
+            for tensor, work, is_last in _work(conversion, engine, chunk_weights(engine, n_threads)):
                 pending.append((tensor, pool.submit(work), is_last))
                 if len(pending) >= CHUNKS_PER_THREAD * n_threads:
                     yield _take(pending)
@@ -135,25 +145,39 @@ def _take(pending: deque[tuple[PlannedTensor, Future[torch.Tensor], bool]]) -> C
     return tensor, future.result(), is_last
 
 
-def _work(conversion: Conversion, engine: Engine) -> Iterator[tuple[PlannedTensor, Callable[[], torch.Tensor], bool]]:
+def chunk_weights(engine: Engine, n_threads: int) -> int:
+    """Weights in a chunk, such that memory does not grow with the number of threads."""
+    if engine.device.type != "cpu":
+        return GPU_CHUNK_WEIGHTS
+    share = MAX_WEIGHTS_IN_FLIGHT // (CHUNKS_PER_THREAD * n_threads)
+    return min(CHUNK_WEIGHTS, max(MIN_CHUNK_WEIGHTS, share))
+
+
+def _work(
+    conversion: Conversion, engine: Engine, size: int
+) -> Iterator[tuple[PlannedTensor, Callable[[], torch.Tensor], bool]]:
     """What is to be done for each chunk, in order; a tensor is read when its first chunk is asked for."""
     for tensor in conversion.plan.tensors:
         rows, importance = _rows(conversion, tensor)
-        size = GPU_CHUNK_WEIGHTS if engine.device.type == "cuda" else CHUNK_WEIGHTS
         n_rows = max(1, size // max(rows.shape[1], 1))
         starts = range(0, rows.shape[0], n_rows)
         for start in starts:
             chunk = rows[start : start + n_rows]
-            yield tensor, _job(engine, tensor, chunk, importance), start == starts[-1]
+            yield tensor, _job(conversion, engine, tensor, chunk, importance), start == starts[-1]
 
 
 def _job(
-    engine: Engine, tensor: PlannedTensor, rows: torch.Tensor, importance: torch.Tensor | None
+    conversion: Conversion,
+    engine: Engine,
+    tensor: PlannedTensor,
+    rows: torch.Tensor,
+    importance: torch.Tensor | None,
 ) -> Callable[[], torch.Tensor]:
     if STORED_TYPES[rows.dtype] is tensor.qtype:
         stored = rows.to(PLAIN_DTYPES[tensor.qtype]).contiguous()
         return lambda: stored.view(torch.uint8).flatten()
-    return lambda: encode_rows(engine, rows, tensor.qtype, importance, tensor.name)
+    path = conversion.source.path
+    return lambda: encode_rows(engine, rows, tensor.qtype, importance, tensor.name, path)
 
 
 def _rows(conversion: Conversion, tensor: PlannedTensor) -> tuple[torch.Tensor, torch.Tensor | None]:

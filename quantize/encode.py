@@ -7,6 +7,7 @@ runs anywhere and on GPUs. Weights that a type cannot hold are refused: ggml wou
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,7 @@ from gguf.constants import GGMLQuantizationType as QType
 from ..errors import GGUFError, name_list, plain_text
 from ..kernels import torch_encoder
 from ..layouts import LAYOUTS, byte_shape
-from .ggml import Ggml
+from .ggml import MAX_IQ_WEIGHT, Ggml
 
 FLOAT_DTYPES = {QType.F32: torch.float32, QType.F16: torch.float16, QType.BF16: torch.bfloat16}
 ENGINES = ("auto", "ggml", "torch")
@@ -79,45 +80,61 @@ def check_engine(engine: Engine, qtypes: frozenset[QType]) -> None:
 
 
 def encode_rows(
-    engine: Engine, rows: torch.Tensor, qtype: QType, importance: torch.Tensor | None, name: str
+    engine: Engine,
+    rows: torch.Tensor,
+    qtype: QType,
+    importance: torch.Tensor | None,
+    name: str,
+    path: Path | None = None,
 ) -> torch.Tensor:
     """Encode some rows of a tensor and make sure that every number survived.
 
     Args:
         rows: (n_rows, n_columns) of any float type.
         importance: float32 (n_columns,) or None.
-        name: the tensor's name, for errors.
+        name, path: of the tensor and its source, for errors.
     Returns:
         uint8, the bytes in file order.
     Raises:
         GGUFError: weights are not finite, or too large for the type.
     """
     weights = rows.to(torch.float32)
-    if qtype in FLOAT_DTYPES:
-        plain = weights.to(FLOAT_DTYPES[qtype])
-        if qtype is not QType.F32 and not torch.equal(torch.isfinite(plain), torch.isfinite(weights)):
-            raise _too_large(name, weights, qtype)
-        return plain.contiguous().view(torch.uint8).flatten()
-    if weights.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weights))).all()):  # NaN wins aminmax
-        hint = "The source is damaged; take another one, or keep this tensor with --tensor-type."
-        raise GGUFError(f"tensor '{plain_text(name)}' has weights that are NaN or infinite", subject=name, hint=hint)
     try:
-        data = engine.encode(weights.contiguous(), qtype, importance).flatten()
+        if qtype in FLOAT_DTYPES:
+            return _encode_floats(weights, qtype)
+        return _encode_blocks(engine, weights.contiguous(), qtype, importance)
     except GGUFError as error:
-        problem = str(error).removesuffix(error.hint)
-        raise GGUFError(f"tensor '{plain_text(name)}': {problem}", subject=name, hint=error.hint) from error
+        problem = str(error).removesuffix(error.hint).strip()
+        hint = error.hint or f"Keep it at higher precision: --tensor-type '{re.escape(name)}=BF16'."
+        raise GGUFError(f"tensor '{plain_text(name)}' {problem}", path=path, subject=name, hint=hint) from error
+
+
+def _encode_floats(weights: torch.Tensor, qtype: QType) -> torch.Tensor:
+    plain = weights.to(FLOAT_DTYPES[qtype])
+    if qtype is not QType.F32 and not torch.equal(torch.isfinite(plain), torch.isfinite(weights)):
+        raise _too_large(weights, qtype)
+    return plain.contiguous().view(torch.uint8).flatten()
+
+
+def _encode_blocks(
+    engine: Engine, weights: torch.Tensor, qtype: QType, importance: torch.Tensor | None
+) -> torch.Tensor:
+    if not weights.numel():
+        return torch.empty(0, dtype=torch.uint8)
+    low, high = (float(end) for end in torch.aminmax(weights))
+    if not (abs(low) < math.inf and abs(high) < math.inf):  # a NaN fails every comparison
+        raise GGUFError("has weights that are NaN or infinite", hint="The source is damaged; take another one.")
+    if qtype.name.startswith("IQ") and max(-low, high) > MAX_IQ_WEIGHT:
+        raise _too_large(weights, qtype)
+    data = engine.encode(weights, qtype, importance).flatten()
     if not scales_are_finite(data, qtype):
-        raise _too_large(name, weights, qtype)
+        raise _too_large(weights, qtype)
     return data
 
 
-def _too_large(name: str, weights: torch.Tensor, qtype: QType) -> GGUFError:
+def _too_large(weights: torch.Tensor, qtype: QType) -> GGUFError:
     largest = float(weights[torch.isfinite(weights)].abs().max())
-    return GGUFError(
-        f"tensor '{plain_text(name)}' has weights up to {largest:.3g}, too large for {qtype.name}",
-        subject=name,
-        hint=f"Keep it at higher precision: --tensor-type '{re.escape(name)}=BF16'.",
-    )
+    return GGUFError(f"has weights up to {largest:.3g}, too large for {qtype.name}")
 
 
 def scales_are_finite(data: torch.Tensor, qtype: QType) -> bool:

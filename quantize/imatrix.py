@@ -7,6 +7,7 @@ Source: llama.cpp common/imatrix-loader.cpp (both formats), tools/quantize/quant
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from gguf.constants import GGMLQuantizationType as QType
 
 from ..errors import BadFile, plain_text
-from ..gguf_file import MAX_ENTRIES, MAX_NAME_BYTES, GGUFFile
+from ..gguf_file import MAX_ENTRIES, MAX_NAME_BYTES, GGUFFile, map_file
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 GGUF_MAGIC = b"GGUF"
@@ -60,12 +61,8 @@ def read_imatrix(path: Path) -> Imatrix:
     Raises:
         BadFile: the file cannot be read, is damaged, or holds something else.
     """
-    try:
-        with open(path, "rb") as file:
-            is_gguf = file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
-        columns = _read_gguf(path) if is_gguf else _read_legacy(path, path.read_bytes())
-    except OSError as error:
-        raise BadFile(f"the file cannot be opened: {error.strerror}", path=path, hint="Check the path.") from error
+    buffer = map_file(str(path))
+    columns = _read_gguf(path) if buffer[:4] == GGUF_MAGIC else _read_legacy(path, buffer)
     for name, values in columns.items():
         if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
             raise _bad(path, f"the entry of '{plain_text(name)}' has negative or non-finite values")
@@ -97,7 +94,7 @@ def _read_gguf(path: Path) -> dict[str, torch.Tensor]:
     return columns
 
 
-def _read_legacy(path: Path, raw: bytes) -> dict[str, torch.Tensor]:
+def _read_legacy(path: Path, raw: mmap.mmap) -> dict[str, torch.Tensor]:
     """Entries of: length of the name, name, number of calls, number of values, values; int32 and float32."""
     columns: dict[str, torch.Tensor] = {}
     try:

@@ -3,10 +3,12 @@
 
 Applies a recipe (recipes.py) to roles (models/archs.py), the user's exceptions to both, and the rules of the container:
 vectors and small tensors are float32, rows must be whole blocks, GGUF has four dimensions and none of size 1 in front.
+Parameters that are no layer's weight are never BF16: loaders take such tensors as they are, some only in F16 and F32.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from .recipes import KEPT, PLAIN_TYPES, RECIPES, SMALL_BLOCK_TYPES
 from .sources import Source, SourceTensor
 
 MAX_DIMS = 4  # of ggml; more are stored as rows
+SMALLEST_BLOCK = 32  # of all quantized types; rows that are no multiple of it are joined to rows of 256
 SMALL = 1024  # weights; up to here a matrix costs more in quality than it saves
 
 # GGUF has signed integers only; a type that is wide enough takes the others.
@@ -46,8 +49,6 @@ STORED_TYPES: Mapping[torch.dtype, QType] = MappingProxyType(
         torch.uint64: QType.I64,
     }
 )
-# What a user may name: every type that is dequantized here, and the integers that a recipe file repeats.
-QTYPE_NAMES = tuple(dict.fromkeys(q.name for q in (*LAYOUTS, *STORED_TYPES.values())))
 # general.file_type of a file that consists mostly of a type; of several recipes with one base the last, its S variant.
 _FILE_TYPES = {recipe.base: recipe.file_type for recipe in RECIPES.values()} | {
     qtype: file_type for file_type, qtype in PLAIN_TYPES.values()
@@ -174,14 +175,24 @@ def make_plan(source: Source, choices: Choices) -> Plan:
     planner = _Planner(source.path, arch, choices)
     tensors = tuple(planner.plan(source.tensors[name], role) for name, role in roles.items())
     file_type = _file_type(choices.type_name, tensors)
-    return Plan(arch, choices.type_name, file_type, tensors, (*warnings, *_warnings(tensors, choices)))
+    plan = Plan(arch, choices.type_name, file_type, tensors, (*warnings, *_warnings(tensors, choices)))
+    n_quantized = sum(prod(t.shape) for t in tensors if t.qtype not in STORED_TYPES.values())
+    if recipe and 2 * n_quantized < plan.n_weights:
+        share = 100 * n_quantized / max(plan.n_weights, 1)
+        warning = f"only {share:.0f} % of the weights are quantized; --tensor-type 'REGEX=TYPE' names more"
+        plan = dataclasses.replace(plan, warnings=(*plan.warnings, warning))
+    return plan
 
 
 def choose_arch(source: Source, name: str) -> tuple[archs.Arch, tuple[str, ...]]:
     """The architecture to convert as, by name or by content, and what the user should know about it."""
     shapes = {key: t.shape for key, t in source.tensors.items()}
     if name:
-        return archs.named(name), ()
+        arch = archs.named(name)
+        if arch is not archs.GENERIC and all(role.block < 0 for role in archs.roles(arch, shapes).values()):
+            problem = f"--arch {arch.name}: it has no tensor in a block of {arch.title}"
+            raise GGUFError(problem, path=source.path, hint="Leave out --arch, or name the right one.")
+        return arch, ()
     found = archs.find_all(shapes)
     if len({arch.name for arch in found}) > 1:
         raise GGUFError(
@@ -192,8 +203,8 @@ def choose_arch(source: Source, name: str) -> tuple[archs.Arch, tuple[str, ...]]
     if found:
         return found[0], ()
     return archs.GENERIC, (
-        "this model is not recognised: embedders, first and last layers and small tensors keep their precision, the "
-        "rest is quantized. --arch NAME names a known architecture.",
+        "this model is not recognised; recipes keep the precision of its embedders, first and last layers and small "
+        "tensors. --arch NAME names a known architecture.",
     )
 
 
@@ -208,13 +219,23 @@ class _Planner:
         self.plain = PLAIN_TYPES[choices.type_name][1] if choices.type_name in PLAIN_TYPES else None
 
     def plan(self, tensor: SourceTensor, role: archs.Role) -> PlannedTensor:
-        shape = stored_shape(tensor.shape, self.arch.reshape_conv and role.category not in KEPT)
+        shape = self.stored_shape(tensor, role)
         explicit = self.explicit(tensor.name)
         if explicit is not None:
             self.check(tensor, shape, explicit)
             return PlannedTensor(tensor.name, tensor.shape, shape, role.category, explicit)
         qtype, note = self.by_recipe(tensor, shape, role)
         return PlannedTensor(tensor.name, tensor.shape, shape, role.category, qtype, note)
+
+    def stored_shape(self, tensor: SourceTensor, role: archs.Role) -> tuple[int, ...]:
+        """The shape in the file; it depends on the tensor alone, so that a 16-bit file can be quantized later."""
+        shape = tensor.shape
+        fits = tensor.name.endswith(".weight") and prod(shape) % QK_K == 0 and prod(shape) > SMALL
+        if fits and not role.f32 and role.category not in KEPT:
+            is_kernel = self.arch.reshape_conv and len(shape) > 2
+            if is_kernel or (len(shape) == 2 and shape[-1] % SMALLEST_BLOCK):
+                return (prod(shape) // QK_K, QK_K)
+        return stored_shape(shape)
 
     def explicit(self, name: str) -> QType | None:
         """The type that the user gave this tensor by name, if any."""
@@ -227,7 +248,8 @@ class _Planner:
         """Refuse a type that was asked for and cannot hold the tensor."""
         row, block_size = shape[-1], GGML_QUANT_SIZES[qtype][0]
         problem = ""
-        if not tensor.dtype.is_floating_point and qtype is not STORED_TYPES[tensor.dtype]:
+        is_float = qtype in LAYOUTS
+        if is_float != tensor.dtype.is_floating_point or (not is_float and qtype is not STORED_TYPES[tensor.dtype]):
             problem = f"holds {str(tensor.dtype).removeprefix('torch.')}"
         elif row % block_size:
             problem = f"has rows of {row} weights, no multiple of {block_size}"
@@ -246,14 +268,17 @@ class _Planner:
             return own, ""
         if len(tensor.shape) < 2 or not prod(tensor.shape):
             return QType.F32, ""
+        is_layer = tensor.name.endswith(".weight")
         if self.plain is None and self.recipe is None:
-            return own, ""
+            return (own, "") if is_layer or own is not QType.BF16 else (QType.F32, "")
         if role.f32 or prod(shape) <= SMALL:
             return QType.F32, ""
         if self.plain is not None:
-            return self.plain, ""
+            return (self.plain, "") if is_layer or self.plain is not QType.BF16 else (QType.F32, "")
         wanted = self.recipe.qtype(role) if self.recipe else None
-        return (own, "") if wanted is None else _fitting(wanted, shape[-1], own)
+        if wanted is None or not is_layer:
+            return (own, "") if is_layer or own is not QType.BF16 else (QType.F16, "")
+        return _fitting(wanted, shape[-1], own)
 
 
 def _fitting(wanted: QType, row: int, own: QType) -> tuple[QType, str]:
@@ -265,17 +290,10 @@ def _fitting(wanted: QType, row: int, own: QType) -> tuple[QType, str]:
     return (small, note) if row % GGML_QUANT_SIZES[small][0] == 0 else (own, note)
 
 
-def stored_shape(shape: Sequence[int], reshape_conv: bool = False) -> tuple[int, ...]:
-    """The shape in which a tensor is stored, torch order: 1 to 4 dimensions, no leading 1.
-
-    Args:
-        shape: logical shape, torch order.
-        reshape_conv: store kernels of convolutions as rows of 256 weights where their number allows it.
-    """
+def stored_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in which GGUF can hold a tensor of this one, torch order: 1 to 4 dimensions, no leading 1."""
     if not prod(shape):
         return (1,)  # ggml divides by its dimensions
-    if reshape_conv and len(shape) > 2 and prod(shape) % QK_K == 0 and prod(shape) > SMALL:
-        return (prod(shape) // QK_K, QK_K)
     if len(shape) > MAX_DIMS:
         shape = (shape[0], prod(shape[1:]))
     trimmed = tuple(shape)
@@ -309,41 +327,3 @@ def _warnings(tensors: Sequence[PlannedTensor], choices: Choices) -> list[str]:
     if strangers:
         found.append(f"names in the recipe that the model does not have: {name_list(strangers)}")
     return found
-
-
-def read_recipe_file(path: Path) -> dict[str, QType]:
-    """Read name -> type from a file with a line `name=TYPE` per tensor; empty lines and lines after # are comments.
-
-    Raises:
-        GGUFError: the file cannot be read, or a line is not of this form.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise GGUFError(f"the recipe cannot be read: {error}", path=path, hint="Check the path.") from error
-    exact: dict[str, QType] = {}
-    for number, line in enumerate(lines, 1):
-        name, separator, type_name = line.strip().rpartition("=")
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        if not separator or not name or name in exact:
-            problem = "names a tensor twice" if name in exact else "is not of the form name=TYPE"
-            raise GGUFError(f"line {number} {problem}: '{plain_text(line)}'", path=path, hint="Correct that line.")
-        exact[name] = parse_qtype(type_name, path=path, where=f"line {number}")
-    return exact
-
-
-def parse_qtype(text: str, *, path: Path | None = None, where: str = "--tensor-type") -> QType:
-    """The type of a name, in upper or lower case."""
-    name = text.strip().upper()
-    if name not in QTYPE_NAMES:
-        raise GGUFError(
-            f"{where}: '{plain_text(text)}' is no type of tensors", path=path, hint=f"Types: {', '.join(QTYPE_NAMES)}."
-        )
-    return QType[name]
-
-
-def recipe_text(plan: Plan) -> str:
-    """The plan as a recipe file, which --recipe and the patched llama-quantize read: one `name=TYPE` per tensor."""
-    head = f"# {plan.arch.title}, {plan.label}: {plan.bpw:.2f} bits per weight\n"
-    return head + "".join(f"{t.name}={t.qtype.name}\n" for t in plan.tensors)

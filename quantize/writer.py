@@ -28,6 +28,7 @@ from ..gguf_file import DEFAULT_ALIGNMENT, MAX_KEY_BYTES, MAX_NAME_BYTES, ORIG_S
 from .plan import Plan, PlannedTensor
 
 PART = ".part"
+MAX_PREFIX_BYTES = 255 - len(".12345678.part")
 
 
 def make_header(plan: Plan, name: str, metadata: Mapping[str, str], imatrix_name: str = "") -> bytes:
@@ -41,13 +42,13 @@ def make_header(plan: Plan, name: str, metadata: Mapping[str, str], imatrix_name
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header"
         writer = gguf.GGUFWriter(path, plan.arch.tag)
-        writer.add_name(name)
+        writer.add_name(_text(name))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(plan.file_type)
         if imatrix_name:
-            writer.add_string("quantize.imatrix.file", imatrix_name)
+            writer.add_string("quantize.imatrix.file", _text(imatrix_name))
         for key, text in metadata.items():
-            writer.add_string(key, text)
+            writer.add_string(_text(key), _text(text))
         for tensor in plan.tensors:
             _add_tensor(writer, tensor)
         writer.write_header_to_file()
@@ -58,9 +59,17 @@ def make_header(plan: Plan, name: str, metadata: Mapping[str, str], imatrix_name
     return header + bytes(-len(header) % DEFAULT_ALIGNMENT)
 
 
+def _text(text: str) -> str:
+    """Text that UTF-8 can hold; names of files may not be."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _add_tensor(writer: gguf.GGUFWriter, tensor: PlannedTensor) -> None:
-    if len(tensor.name.encode()) > MAX_NAME_BYTES:
-        raise GGUFError(f"the name of tensor '{plain_text(tensor.name)}' is longer than {MAX_NAME_BYTES} bytes")
+    n_bytes = len(tensor.name.encode("utf-8", "replace"))
+    if n_bytes > MAX_NAME_BYTES or _text(tensor.name) != tensor.name:
+        problem = f"is {n_bytes} bytes long, more than {MAX_NAME_BYTES}" if n_bytes > MAX_NAME_BYTES else "is no text"
+        hint = "Rename it in the source."
+        raise GGUFError(f"the name of tensor '{plain_text(tensor.name)}' {problem}", subject=tensor.name, hint=hint)
     writer.add_tensor_info(
         tensor.name, tensor.stored_shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=tensor.qtype
     )
@@ -88,15 +97,15 @@ class Writer:
         self.path = path
         self.n_bytes = n_bytes
         self.overwrite = overwrite
+        self._part = path.with_name(f"{part_prefix(path)}{secrets.token_hex(4)}{PART}")
 
     def __enter__(self) -> Writer:
         self._refuse_existing()
         with self._disk_errors():
             free = shutil.disk_usage(self.path.parent).free
             if free < self.n_bytes:
-                problem = f"needs {self.n_bytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left"
+                problem = f"needs {self.n_bytes / 1e6:,.0f} MB, and the disk has {free / 1e6:,.0f} MB left"
                 raise GGUFError(problem, path=self.path, hint="Free some space, or write elsewhere with --dst.")
-            self._part = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}{PART}")
             atexit.register(self._remove_part)  # a signal can arrive before the with statement watches over it
             self._file = open(self._part, "xb")
         return self
@@ -121,7 +130,8 @@ class Writer:
             atexit.unregister(self._remove_part)
 
     def _remove_part(self) -> None:
-        self._part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._part.unlink()
 
     def _finish(self) -> None:
         with self._disk_errors():
@@ -132,18 +142,32 @@ class Writer:
             os.fsync(self._file.fileno())
             self._file.close()
             self._refuse_existing()
+            if not self.overwrite:
+                try:
+                    os.link(self._part, self.path)  # unlike a rename it never replaces
+                    return
+                except FileExistsError:
+                    raise
+                except OSError:
+                    pass  # a disk without hard links
             os.replace(self._part, self.path)
 
     def _refuse_existing(self) -> None:
-        if self.path.is_dir():
-            raise GGUFError("this is a folder", path=self.path, hint="Name a file with --dst.")
-        if self.path.exists() and not self.overwrite:
-            raise GGUFError("the file exists", path=self.path, hint="Give --overwrite to replace it.")
+        with self._disk_errors():
+            exists = self.path.exists()
+            is_file = self.path.is_file()
+        if exists and not is_file:
+            kind = "a folder" if self.path.is_dir() else "a device or pipe"
+            raise GGUFError(f"this is {kind}", path=self.path, hint="Name a file with --dst.")
+        if exists and not self.overwrite:
+            raise file_exists(self.path)
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
         try:
             yield
+        except FileExistsError:
+            raise file_exists(self.path) from None
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             problem = "the disk is full" if full else f"cannot be written: {error.strerror}"
@@ -153,9 +177,19 @@ class Writer:
             raise GGUFError(problem, path=self.path, hint=hint) from error
 
 
+def file_exists(path: Path) -> GGUFError:
+    """The refusal to replace a file unasked."""
+    return GGUFError("the file exists", path=path, hint="Give --overwrite to replace it.")
+
+
+def part_prefix(path: Path) -> str:
+    """Beginning of the names of unfinished files: the final name, cut where the whole would be too long for a disk."""
+    return path.name.encode("utf-8", "surrogateescape")[:MAX_PREFIX_BYTES].decode("utf-8", "ignore") + "."
+
+
 def leftovers(path: Path) -> list[Path]:
     """Unfinished files that killed runs left beside `path`."""
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.*{PART}"))
+    return sorted(path.parent.glob(f"{glob.escape(part_prefix(path))}*{PART}"))
 
 
 def merged_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -31,25 +31,35 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _pack  # noqa: F401
+from gguf_kit.dequant import PLAIN_DTYPES
 from gguf_kit.errors import GGUFError, name_list
 from gguf_kit.models import archs
 from gguf_kit.quantize import ggml
-from gguf_kit.quantize.convert import Conversion, convert, tensors_without_importance
+from gguf_kit.quantize.convert import Conversion, check_importance, convert, tensors_without_importance
 from gguf_kit.quantize.encode import ENGINES, Engine, GgmlEngine, TorchEngine
 from gguf_kit.quantize.imatrix import read_imatrix
-from gguf_kit.quantize.plan import Choices, Plan, PlannedTensor, make_plan, parse_qtype, read_recipe_file, recipe_text
+from gguf_kit.quantize.plan import Choices, Plan, PlannedTensor, make_plan
+from gguf_kit.quantize.recipe_files import parse_qtype, read_recipe_file, recipe_text
 from gguf_kit.quantize.recipes import PLAIN_TYPES, TYPE_NAMES
 from gguf_kit.quantize.sources import Source, open_source
-from gguf_kit.quantize.writer import file_size, leftovers, merged_metadata
+from gguf_kit.quantize.writer import file_exists, file_size, leftovers, merged_metadata
+from gguf_kit.tools._output import one_line, write_out
 from gguf_kit.tools.llama_cpp import build
 
 DEVICE_THREADS = 2  # one prepares rows while the other's are on the device
+ARCH_NAMES = tuple(dict.fromkeys(arch.name for arch in (*archs.ARCHS, archs.GENERIC)))
+# Ends of the program that can be caught: Ctrl-C, kill, a closed terminal (SIGHUP, on Windows SIGBREAK).
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 PRECISION_ENDINGS = tuple(f"-{name}" for name in PLAIN_TYPES)
+
+
+class Stopped(BaseException):
+    """A signal asked the program to end; what it leaves behind is removed on the way out."""
 
 
 def say(line: str) -> None:
     """A line for the user, beside the progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(one_line(line), file=sys.stderr)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -58,13 +68,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--src", type=Path, required=True, metavar="FILE|DIR", help="the model to convert")
     add("--dst", type=Path, metavar="FILE|DIR", help="the file to write (NAME-TYPE.gguf beside the source)")
-    add("--type", default="", type=str.upper, choices=("", *TYPE_NAMES), metavar="TYPE", help=", ".join(TYPE_NAMES))
+    add("--type", default="", metavar="TYPE", help=f"{', '.join(TYPE_NAMES)} (the source's own precision)")
     add("--imatrix", type=Path, metavar="FILE", help="importance matrix in one of llama.cpp's formats")
     add(
         "--arch",
         default="",
         metavar="NAME",
-        help=f"do not detect it: {', '.join(dict.fromkeys(a.name for a in archs.ARCHS))}",
+        help=f"do not detect it: {', '.join(ARCH_NAMES)}",
     )
     add(
         "--tensor-type",
@@ -76,9 +86,14 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--recipe", type=Path, metavar="FILE", help="type of each tensor, one NAME=QTYPE per line, as exported")
     add("--export-recipe", type=Path, metavar="FILE", help="write the types that were chosen, one NAME=QTYPE per line")
     add("--overwrite", action="store_true", help="replace the file if it exists")
-    add("--threads", type=int, default=default_threads(), metavar="N", help="(all that this process may use)")
+    add("--threads", type=int, default=default_threads(), metavar="N", help="processors to use (all there are)")
     add("--engine", choices=ENGINES, default="auto", help="ggml: C code, built on first use; torch: slower, anywhere")
-    add("--device", default="", metavar="DEVICE", help="of the torch engine: cuda where there is one, else cpu")
+    add(
+        "--device",
+        default="",
+        metavar="DEVICE",
+        help="where the torch engine computes: cpu, cuda (cuda if there is one)",
+    )
     add("--dry-run", action="store_true", help="show the plan, read and write no tensor data")
     add("--json", action="store_true", help="print the plan (--dry-run) or the result as JSON")
     return parser
@@ -93,17 +108,22 @@ def default_threads() -> int:
 
 def read_choices(args: argparse.Namespace) -> Choices:
     """What the command line asks for."""
+    if args.threads < 1:
+        raise GGUFError(f"--threads {args.threads} is less than 1", hint="Leave it out to use all processors.")
+    type_name = args.type.upper()
+    if type_name and type_name not in TYPE_NAMES:
+        raise GGUFError(f"--type '{args.type}' is not known", hint=f"Types: {', '.join(TYPE_NAMES)}.")
     overrides = []
     for text in args.tensor_type:
-        pattern, separator, type_name = text.rpartition("=")
+        pattern, separator, qtype_name = text.rpartition("=")
         if not separator or not pattern:
             raise GGUFError(f"--tensor-type '{text}' is not of the form REGEX=QTYPE", hint="Example: 'attn_v=Q6_K'.")
         try:
-            overrides.append((re.compile(pattern), parse_qtype(type_name)))
+            overrides.append((re.compile(pattern), parse_qtype(qtype_name)))
         except re.error as error:
             raise GGUFError(f"--tensor-type '{text}': {error}", hint="Correct the pattern.") from error
     exact = read_recipe_file(args.recipe) if args.recipe else {}
-    return Choices(args.type, args.arch, tuple(overrides), exact, has_imatrix=args.imatrix is not None)
+    return Choices(type_name, args.arch, tuple(overrides), exact, has_imatrix=args.imatrix is not None)
 
 
 def model_name(src: Path) -> str:
@@ -116,14 +136,15 @@ def model_name(src: Path) -> str:
 
 def destination(args: argparse.Namespace, plan: Plan) -> Path:
     """Where the file goes: --dst, a folder's NAME-TYPE.gguf, or the same beside the source."""
-    src: Path = args.src.resolve()
     label = args.recipe.stem if args.recipe and not args.type else plan.label
+    src = args.src.absolute()  # a link gives its own name, not that of what it leads to
     name = f"{model_name(src)}-{label}.gguf"
     if args.dst is None:
         path = src.parent / name
     else:
         path = args.dst / name if args.dst.is_dir() else args.dst
-    if path.resolve() == src:
+    path = Path(os.path.realpath(path))
+    if path == Path(os.path.realpath(src)):
         raise GGUFError("source and destination are the same file", path=src, hint="Name another with --dst.")
     if not path.parent.is_dir():
         raise GGUFError(f"there is no folder {path.parent}", path=path, hint="Make it first, or name another.")
@@ -132,17 +153,29 @@ def destination(args: argparse.Namespace, plan: Plan) -> Path:
 
 def choose_engine(args: argparse.Namespace, plan: Plan) -> Engine:
     """The engine of --engine; auto takes ggml, building it on first use, and torch where it cannot be had."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    is_plain = {t.qtype.name for t in plan.tensors} <= {*PLAIN_TYPES, "I8", "I16", "I32", "I64"}
-    if args.engine == "torch" or is_plain:
-        return TorchEngine(device if args.engine == "torch" else "cpu")
+    device = choose_device(args)
+    is_plain = all(t.qtype in PLAIN_DTYPES for t in plan.tensors)
+    if args.engine == "torch" or args.device or is_plain:
+        return TorchEngine(device if args.engine == "torch" or args.device else "cpu")
     try:
-        return GgmlEngine(ggml.find_library() or build.build_ggml(say))
+        return GgmlEngine(ggml.find_library() or build.build_ggml(lambda line: say(f"{args.prog}: {line}")))
     except ggml.BuildError as error:
         if args.engine == "ggml":
             raise
         say(f"{args.prog}: {error} Going on with the torch engine, which is slower.")
         return TorchEngine(device)
+
+
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """Where the torch engine computes: --device, which must work, else a CUDA device if there is one."""
+    if args.device and args.engine == "ggml":
+        raise GGUFError("--device is for the torch engine", hint="Leave out --engine ggml.")
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise GGUFError(f"--device {name} cannot be used: {reason}", hint="Leave out --device.") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -152,22 +185,22 @@ def run(args: argparse.Namespace) -> int:
     imatrix = read_imatrix(args.imatrix) if args.imatrix else None
     plan = make_plan(source, choices)
     path = destination(args, plan)
-    conversion = Conversion(source, plan, model_name(args.src.resolve()), imatrix)
+    conversion = Conversion(source, plan, model_name(args.src.absolute()), imatrix)
+    check_importance(conversion)
     for line in notes(source, conversion):
         say(f"{args.prog}: {line}")
     if args.export_recipe:
         write_text(args.export_recipe, recipe_text(plan), args.overwrite)
     n_bytes = file_size(plan, conversion.header())
     if args.dry_run:
-        print(json.dumps(plan.as_json(n_bytes), indent=1) if args.json else describe(plan, path, n_bytes))
+        write_out((json.dumps(plan.as_json(n_bytes), indent=1) if args.json else describe(plan, path, n_bytes)) + "\n")
         return 0
     started = time.monotonic()
     engine = write_file(args, conversion, path)
     seconds = time.monotonic() - started
-    if args.json:
-        print(json.dumps({"path": str(path), "engine": engine.name, "seconds": seconds} | plan.as_json(n_bytes)))
-    else:
-        print(f"{path}: {size_line(plan, n_bytes)}, made in {seconds:.0f} s by {engine.name}")
+    result = {"path": str(path), "engine": engine.name, "seconds": seconds} | plan.as_json(n_bytes)
+    made = f"{path}: {size_line(plan, n_bytes)}, made in {seconds:.0f} s by {engine.name}"
+    write_out((json.dumps(result) if args.json else made) + "\n")
     return 0
 
 
@@ -175,7 +208,7 @@ def write_file(args: argparse.Namespace, conversion: Conversion, path: Path) -> 
     """Write the file with a progress bar; the engine that did it."""
     plan = conversion.plan
     if path.exists() and not args.overwrite:  # before an engine is built
-        raise GGUFError("the file exists", path=path, hint="Give --overwrite to replace it.")
+        raise file_exists(path)
     unfinished = leftovers(path)
     if unfinished:
         say(f"{args.prog}: unfinished files of earlier runs may be deleted: {name_list([p.name for p in unfinished])}")
@@ -213,7 +246,7 @@ def write_text(path: Path, text: str, overwrite: bool) -> None:
         with open(path, "w" if overwrite else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise GGUFError("the file exists", path=path, hint="Give --overwrite to replace it.") from None
+        raise file_exists(path) from None
     except OSError as error:
         raise GGUFError(f"cannot be written: {error.strerror}", path=path, hint="Check the folder.") from error
 
@@ -240,25 +273,34 @@ def describe(plan: Plan, path: Path, n_bytes: int) -> str:
     return "\n".join(lines)
 
 
-def _terminated(number: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
+def _stop(number: int, _frame: object) -> NoReturn:
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the cleaning up
+    raise Stopped(number)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "convert", description: str = __doc__ or "") -> int:
     """Command line: 0 done, 2 with one line on stderr when the request or its input cannot be used."""
     args = make_parser(description).parse_args(argv)
     args.prog = prog
-    signal.signal(signal.SIGTERM, _terminated)  # so that unfinished files are removed
+    for number in SIGNALS:
+        signal.signal(number, _stop)  # so that unfinished files are removed
     try:
-        if args.threads < 1:
-            raise GGUFError(f"--threads {args.threads} is less than 1")
         return run(args)
     except GGUFError as error:
-        say(f"{prog}: {error}")
-        return 2
-    except KeyboardInterrupt:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'a file'}: {error.strerror}."
+    except MemoryError:
+        message = "there is not enough memory. Close other programs, or use fewer --threads."
+    except Stopped as stopped:
         say(f"{prog}: stopped; nothing was written")
-        return 130
+        return 128 + int(stopped.args[0])
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    say(f"{prog}: {message}")
+    return 2
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ may differ. Shapes are in torch order.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
-import os
 import shutil
 import sys
 from collections import Counter
@@ -27,6 +25,7 @@ import _pack  # noqa: F401
 from gguf_kit.errors import GGUFError, plain_text
 from gguf_kit.gguf_file import ORIG_SHAPE_KEY, GGUFFile
 from gguf_kit.quantize import compare, inspect
+from gguf_kit.tools._output import one_line, write_out
 from tqdm import tqdm
 
 EPILOG = """\
@@ -384,17 +383,6 @@ def show_metadata_diff(result: compare.Comparison) -> list[str]:
     return table(("metadata", "A", "B"), rows, ("metadata", "A"))
 
 
-def write_out(text: str) -> None:
-    """Print; a reader that has gone away (| head) is no error, and characters that its encoding lacks are escaped."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        # What is left in the buffer would be tried again, and fail, when the process ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     args = parse_arguments(argv)
@@ -409,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     else:
         return status
-    print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr)
+    print(one_line(message), file=sys.stderr)
     return 2
 
 

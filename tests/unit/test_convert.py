@@ -18,7 +18,14 @@ import torch
 from gguf import GGMLQuantizationType as QType
 from gguf_kit.gguf_file import GGUFFile
 from gguf_kit.loader import load_diffusion_model
-from gguf_kit.quantize.convert import CHUNK_WEIGHTS
+from gguf_kit.quantize.convert import (
+    CHUNK_WEIGHTS,
+    CHUNKS_PER_THREAD,
+    MAX_WEIGHTS_IN_FLIGHT,
+    MIN_CHUNK_WEIGHTS,
+    chunk_weights,
+)
+from gguf_kit.quantize.encode import TorchEngine
 from gguf_kit.quantize.recipes import RECIPES
 from gguf_kit.tools import convert, quantize
 from safetensors.torch import load_file, save_file
@@ -175,7 +182,10 @@ def test_without_a_type_nothing_is_lost(tmp_path, dtype):
     assert set(loaded) == set(state)
     for name, tensor in state.items():
         assert loaded[name].shape == tensor.shape
-        assert loaded[name].dtype == (torch.float32 if tensor.ndim == 1 else dtype)
+        is_layer = tensor.ndim > 1 and name.endswith(".weight")
+        assert loaded[name].dtype == (
+            dtype if is_layer or (tensor.ndim > 1 and dtype is torch.float16) else torch.float32
+        )
         assert torch.equal(loaded[name].to(dtype), tensor)
     assert info.qtypes[label] >= 8
 
@@ -209,7 +219,7 @@ def test_quantize_names_its_file_after_the_model(tmp_path, source):
 
 def test_the_number_of_threads_and_chunks_does_not_change_a_byte(tmp_path, monkeypatch, source):
     assert run("--src", source, "--type", "Q4_K_S") == 0
-    monkeypatch.setattr("gguf_kit.quantize.convert.CHUNK_WEIGHTS", 3 * WIDTH)
+    monkeypatch.setattr("gguf_kit.quantize.convert.chunk_weights", lambda *_: 3 * WIDTH)
     other = tmp_path / "other.gguf"
     assert convert.main(["--src", str(source), "--dst", str(other), "--type", "Q4_K_S", "--threads", "5"]) == 0
     assert other.read_bytes() == (tmp_path / "model-Q4_K_S.gguf").read_bytes()
@@ -289,7 +299,7 @@ def test_weights_that_a_type_cannot_hold_are_refused_with_the_name(tmp_path, cap
     save_file(state, path)
     assert run("--src", path, "--type", type_name, "--engine", engine) == 2
     error = capsys.readouterr().err
-    assert "'blocks.1.attn.to_q.weight'" in error
+    assert "model.safetensors: tensor 'blocks.1.attn.to_q.weight' has weights" in error
     assert re.search(problem, error)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -302,7 +312,11 @@ def test_weights_that_a_type_cannot_hold_are_refused_with_the_name(tmp_path, cap
         (["--type", "Q4_K_S", "--tensor-type", "attn=Q9"], "'Q9' is no type"),
         (["--arch", "sd99"], "sd99"),
         (["--recipe", "none.recipe"], "none.recipe: the recipe cannot be read"),
-        (["--imatrix", "none.dat"], "none.dat: the file cannot be opened"),
+        (["--imatrix", "none.dat"], "none.dat: there is no such file"),
+        (["--type", "Q4_K"], "--type 'Q4_K' is not known. Types: .*Q4_K_S"),
+        (["--type", "Q4_0", "--engine", "torch", "--device", "foo"], "--device foo cannot be used"),
+        (["--type", "Q4_0", "--engine", "ggml", "--device", "cpu"], "--device is for the torch engine"),
+        (["--dst", "n" * 300], "File name too long"),
         (["--type", "IQ2_XS"], "needs an importance matrix"),
         (["--threads", "0"], "--threads 0"),
         (["--dst", "no/such/model.gguf"], "there is no folder"),
@@ -313,8 +327,8 @@ def test_a_wrong_request_is_one_line_and_exit_code_two(source, capsys, arguments
     assert convert.main(["--src", str(source), *arguments]) == 2
     error = capsys.readouterr().err
     assert re.search(problem, error)
-    assert error.startswith("convert: ")
-    assert len(error.splitlines()) == 1
+    assert error.splitlines()[-1].startswith("convert: ")
+    assert "Traceback" not in error
     assert len(list(source.parent.iterdir())) == 1
 
 
@@ -325,6 +339,47 @@ def test_an_existing_file_is_kept_unless_asked(tmp_path, source, capsys):
     assert "the file exists. Give --overwrite" in capsys.readouterr().err
     assert path.read_bytes() == b"precious"
     assert run("--src", source, "--type", "Q8_0", "--overwrite") == 0
+
+
+def test_a_link_gives_its_own_name_and_folder(tmp_path, source):
+    folder = tmp_path / "snapshots"
+    folder.mkdir()
+    link = folder / "flux1-dev.safetensors"
+    link.symlink_to(source)
+    assert run("--src", link, "--type", "Q8_0") == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["flux1-dev-Q8_0.gguf", "flux1-dev.safetensors"]
+    assert GGUFFile(folder / "flux1-dev-Q8_0.gguf").metadata["general.name"] == "flux1-dev"
+
+
+def test_a_link_as_destination_stays_a_link(tmp_path, source):
+    target, link = tmp_path / "elsewhere.gguf", tmp_path / "link.gguf"
+    link.symlink_to(target)
+    assert run("--src", source, "--dst", link, "--type", "Q8_0") == 0
+    assert link.is_symlink()
+    assert target.read_bytes()[:4] == b"GGUF"
+    assert run("--src", source, "--dst", link, "--type", "Q8_0") == 2
+
+
+def test_an_importance_matrix_that_fits_nothing_is_refused_even_in_a_dry_run(tmp_path, imatrix, capsys):
+    path = tmp_path / "model.safetensors"
+    save_file({"layers.0.proj.weight": torch.ones(64, WIDTH)}, path)
+    assert run("--src", path, "--type", "Q4_0", "--imatrix", imatrix[0], "--dry-run") == 2
+    assert "none of its entries is a tensor of the model" in capsys.readouterr().err
+
+
+def test_the_plan_may_be_piped_into_a_reader_that_stops(source):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*COMMAND, "--src", str(source), "--type", "Q8_0", "--dry-run", "--json"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 16, 64])
+def test_what_is_in_flight_does_not_grow_with_the_threads(n_threads):
+    in_flight = CHUNKS_PER_THREAD * n_threads * chunk_weights(TorchEngine("cpu"), n_threads)
+    assert in_flight <= max(MAX_WEIGHTS_IN_FLIGHT, CHUNKS_PER_THREAD * n_threads * MIN_CHUNK_WEIGHTS)
 
 
 def test_a_source_is_never_its_own_destination(source, capsys):
@@ -366,9 +421,11 @@ def test_a_killed_run_leaves_nothing_under_the_final_name_and_the_next_says_what
         assert not list(folder.glob("*.gguf"))
     process = start(slow_source)
     wait_for(lambda: len(list(folder.glob("*.part"))) == 3, process)
-    process.terminate()
-    assert "unfinished files of earlier runs" in process.communicate()[1].decode()
-    assert process.returncode == 128 + signal.SIGTERM
+    process.send_signal(signal.SIGHUP)
+    said = process.communicate()[1].decode()
+    assert "unfinished files of earlier runs" in said
+    assert "stopped; nothing was written" in said
+    assert process.returncode == 128 + signal.SIGHUP
     assert len(list(folder.glob("*.part"))) == 2  # its own is gone
     assert not list(folder.glob("*.gguf"))
 

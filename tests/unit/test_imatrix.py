@@ -79,7 +79,6 @@ GOOD = legacy({"a.weight": (SUMS, 2)})
 @pytest.mark.parametrize(
     "raw",
     [
-        b"",
         b"abc",
         bytes(100),
         b"\xff" * 100,
@@ -98,5 +97,5 @@ def test_other_files_are_refused_in_one_sentence(tmp_path, raw):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(BadFile, match="cannot be opened"):
+    with pytest.raises(BadFile, match=r"none.dat: there is no such file"):
         read_imatrix(tmp_path / "none.dat")

@@ -13,6 +13,7 @@ from gguf_kit.models import archs
 from gguf_kit.models.archs import Category, Role
 from gguf_kit.quantize import plan as planning
 from gguf_kit.quantize.plan import Choices, make_plan, stored_shape
+from gguf_kit.quantize.recipe_files import read_recipe_file, recipe_text
 from gguf_kit.quantize.recipes import PLAIN_TYPES, RECIPES, SMALL_BLOCK_TYPES, TYPE_NAMES, Place
 from gguf_kit.quantize.sources import SourceTensor
 from gguf_kit.quantize.writer import file_size, make_header
@@ -110,7 +111,7 @@ def test_without_a_type_matrices_keep_theirs_and_vectors_become_float32():
         "b.weight": QType.F16,
         "c.weight": QType.F32,
         "d.bias": QType.F32,
-        "e": QType.BF16,
+        "e": QType.F32,
     }
 
 
@@ -133,18 +134,28 @@ def test_shapes_that_gguf_cannot_hold_are_stored_as_others(shape, stored):
     assert stored_shape(shape) == stored
 
 
+@pytest.mark.parametrize("type_name", ["", "Q4_K_S"])
+def test_convolutions_of_a_unet_are_stored_as_rows_of_256_where_they_fit(type_name):
+    plan = plan_of(read_keys("sd1"), type_name)
+    shapes = {t.name: t.stored_shape for t in plan.tensors}
+    assert shapes["input_blocks.1.0.in_layers.2.weight"] == (320 * 320 * 9 // 256, 256)
+    assert shapes["input_blocks.0.0.weight"] == (320, 4, 3, 3)  # kept as it is
+    assert shapes["input_blocks.1.1.proj_in.weight"] == (320 * 320 // 256, 256)
+
+
+@pytest.mark.parametrize("type_name", ["", "Q4_K_S"])
+def test_rows_that_fit_no_block_are_joined_to_rows_of_256_where_they_fit(type_name):
+    plan = plan_of({"blocks.0.proj.weight": (640, 100), "embed.weight": (640, 100)}, type_name)
+    assert [t.stored_shape for t in plan.tensors] == [(250, 256), (640, 100)]
+    assert plan.tensors[0].qtype is (QType.Q4_K if type_name else QType.BF16)
+
+
 @pytest.mark.parametrize(
-    ("shape", "stored"),
-    [
-        ((320, 320, 3, 3), (3600, 256)),
-        ((320, 4, 3, 3), (45, 256)),
-        ((1, 3, 3, 3), (3, 3, 3)),
-        ((8, 8, 3, 3), (8, 8, 3, 3)),
-    ],
-    ids=str,
+    ("type_name", "qtype"), [("", QType.F32), ("BF16", QType.F32), ("F16", QType.F16), ("Q4_0", QType.F16)]
 )
-def test_convolutions_are_stored_as_rows_of_256_where_they_fit(shape, stored):
-    assert stored_shape(shape, reshape_conv=True) == stored
+def test_a_bare_parameter_is_never_bf16(type_name, qtype):
+    plan = plan_of({"blocks.0.proj.weight": (640, 256), "blocks.0.table": (64, 256), "table": (64, 256)}, type_name)
+    assert [t.qtype for t in plan.tensors[1:]] == [qtype, qtype]
 
 
 @pytest.mark.parametrize("qtype", SMALL_BLOCK_TYPES, ids=lambda q: q.name)
@@ -157,9 +168,10 @@ def test_rows_of_320_get_the_stated_type_with_smaller_blocks_and_a_warning(qtype
 
 
 def test_rows_that_fit_no_block_keep_their_precision_with_a_warning():
-    plan = plan_of({"blocks.0.proj.weight": (640, 100)}, "Q4_K_S")
+    plan = plan_of({"blocks.0.proj.weight": (641, 100)}, "Q4_K_S")
     assert types_of(plan) == {"blocks.0.proj.weight": QType.BF16}
     assert any("become BF16" in line for line in plan.warnings)
+    assert any("only 0 % of the weights are quantized" in line for line in plan.warnings)
 
 
 def test_small_matrices_become_float32():
@@ -173,6 +185,8 @@ def test_an_unknown_model_is_planned_with_one_warning_and_arch_overrides_it(flux
     named = plan_of({"blocks.0.proj.weight": (640, 256)}, "Q4_0", arch="wan")
     assert named.arch.name == "wan"
     assert not named.warnings
+    with pytest.raises(GGUFError, match=r"--arch flux: it has no tensor in a block of Flux"):
+        plan_of({"blocks.0.proj.weight": (640, 256)}, "Q4_0", arch="flux")
     assert plan_of(flux_dev, "Q4_0").arch.name == "flux"
 
 
@@ -196,6 +210,15 @@ def test_patterns_are_stronger_than_recipe_files_and_both_than_the_type():
 def test_an_explicit_type_that_does_not_fit_is_refused_with_the_tensor():
     with pytest.raises(GGUFError, match=r"'blocks.0.proj.weight' has rows of 320 weights, no multiple of 256.*Q6_K"):
         plan_of({"blocks.0.proj.weight": (640, 320)}, overrides=((re.compile("proj"), QType.Q6_K),))
+
+
+@pytest.mark.parametrize("name", ["I32", "Q4_0"])
+def test_floats_stay_floats_and_integers_integers(name):
+    shapes = {"blocks.0.proj.weight": (640, 256), "ids": (64, 64)}
+    dtype, wanted = ("float32", "proj") if name == "I32" else ("int64", "ids")
+    source = make_source(shapes, torch.float32, ids=torch.int64)
+    with pytest.raises(GGUFError, match=rf"holds {dtype} and cannot be {name}"):
+        make_plan(source, Choices(overrides=((re.compile(wanted), QType[name]),)))
 
 
 def test_patterns_and_names_that_fit_nothing_are_told():
@@ -227,21 +250,36 @@ def test_integers_and_markers_are_kept():
 def test_a_recipe_file_gives_the_same_plan_back(flux_dev, tmp_path):
     plan = plan_of(flux_dev, "Q4_K_M")
     path = tmp_path / "my.recipe"
-    path.write_text(planning.recipe_text(plan), encoding="utf-8")
-    again = plan_of(flux_dev, exact=planning.read_recipe_file(path))
+    path.write_text(recipe_text(plan), encoding="utf-8")
+    again = plan_of(flux_dev, exact=read_recipe_file(path))
     assert types_of(again) == types_of(plan)
     assert again.file_type in {RECIPES["Q4_K_M"].file_type, RECIPES["Q4_K_S"].file_type}
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("a", "line 1 is not of the form"), ("\n# c\na=Q4_0\na=Q8_0", "line 4 names a tensor twice"), ("a=Q9", "no type")],
+    [
+        ("a", "line 1 is not of the form"),
+        ("\n# c\na=Q4_0\r\na=Q8_0", "line 4 names a tensor twice"),
+        ("a=Q9", "no type"),
+        ("a=\xff", "not UTF-8"),
+    ],
 )
 def test_a_wrong_recipe_file_is_refused_with_its_line(tmp_path, text, problem):
     path = tmp_path / "my.recipe"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(GGUFError, match=f"my.recipe: .*{problem}"):
-        planning.read_recipe_file(path)
+        read_recipe_file(path)
+
+
+def test_odd_names_come_back_from_a_recipe_file_and_impossible_ones_are_refused(tmp_path):
+    shapes = {name: (64, 256) for name in (" sp.weight", "a=b.weight", "u\u2028v.weight", "w\x85.weight")}
+    path = tmp_path / "my.recipe"
+    path.write_bytes(b"\xef\xbb\xbf" + recipe_text(plan_of(shapes, "Q8_0")).encode())
+    assert list(read_recipe_file(path)) == list(shapes)
+    for name in ("#a.weight", "a\nb.weight"):
+        with pytest.raises(GGUFError, match="cannot stand in a recipe file"):
+            recipe_text(plan_of({name: (64, 256)}, "Q8_0"))
 
 
 @pytest.mark.parametrize(

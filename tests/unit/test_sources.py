@@ -117,6 +117,7 @@ def test_nothing_stays_open_when_the_source_and_its_tensors_are_gone(tmp_path, k
         "refused": lambda: save(tmp_path, {"decoder.conv_in.weight": torch.ones(1)}),
         "damaged": lambda: write_raw(tmp_path, b"{no json"),
     }[kind]()
+    gc.collect()  # what earlier tests left behind
     n_before = len(os.listdir("/proc/self/fd"))
     try:
         source = open_source(path)

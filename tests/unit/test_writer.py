@@ -2,6 +2,7 @@
 """The writer: gguf-py reads what it writes, and a file has its final name only when it is complete."""
 
 import errno
+import os
 from math import prod
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(GGUFError, match=r"needs .* GB, and the disk has .* GB left"), Writer(tmp_path / "m", 2**60):
+    with pytest.raises(GGUFError, match=r"needs .* MB, and the disk has .* MB left"), Writer(tmp_path / "m", 2**60):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -124,7 +125,7 @@ def test_a_disk_that_fills_up_is_one_clear_error(tmp_path):
         def close(self):
             pass
 
-    writer = Writer(tmp_path / "m.gguf", 4).__enter__()
+    writer = Writer(tmp_path / "m.gguf", 4).__enter__()  # entered by hand, to put the full disk in
     writer._file.close()
     writer._file = Full()
     with pytest.raises(GGUFError, match=r"m.gguf: the disk is full\. Free some space") as caught:
@@ -136,8 +137,33 @@ def test_a_disk_that_fills_up_is_one_clear_error(tmp_path):
 def test_a_missing_folder_is_an_error_and_a_folder_as_name_too(tmp_path):
     with pytest.raises(GGUFError, match="cannot be written: No such file"), Writer(tmp_path / "no" / "m.gguf", 4):
         pass
-    with pytest.raises(GGUFError, match="this is a folder"), Writer(tmp_path, 4):
+    for overwrite in (False, True):
+        with pytest.raises(GGUFError, match="this is a folder"), Writer(tmp_path, 4, overwrite=overwrite):
+            pass
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX pipes")
+def test_a_device_or_pipe_is_never_replaced(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(GGUFError, match="pipe: this is a device or pipe"), Writer(path, 4, overwrite=True):
         pass
+    assert path.is_fifo()
+
+
+def test_a_name_as_long_as_a_disk_takes_is_written(tmp_path):
+    path = tmp_path / ("n" * 250 + ".gguf")
+    write_plan(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_disk_without_hard_links_will_do(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_plan(tmp_path / "model.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
 
 
 def test_leftovers_of_killed_runs_are_found_by_name(tmp_path):
@@ -158,7 +184,7 @@ def test_metadata_that_would_claim_to_be_ours_is_left_out_aloud():
 def test_a_name_longer_than_any_reader_takes_is_refused():
     tensor = PlannedTensor("n" * 1025, (1,), (1,), Category.OTHER, QType.F32)
     plan = Plan(archs.named("wan"), "", gguf.LlamaFileType.ALL_F32, (tensor,))
-    with pytest.raises(GGUFError, match="longer than 1024 bytes"):
+    with pytest.raises(GGUFError, match="is 1025 bytes long, more than 1024"):
         make_header(plan, "model", {})
 
 

@@ -40,7 +40,7 @@ NEEDED = re.compile(
 )
 TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 1 << 20
-OFFLINE_HINT = "Download {} by hand and give it with --source, or convert with --engine torch."
+OFFLINE_HINT = "Download {} by hand and build with tools/llama_cpp/build.py --source, or convert with --engine torch."
 
 Log = Callable[[str], None]
 
