@@ -79,7 +79,10 @@ KINDS: tuple[Kind, ...] = (
     Kind("a motion module (AnimateDiff)", ONLY_MODELS, (r".*motion_modules\..*",), share=0.5),
     Kind("an upscale model", ONLY_MODELS, (r"((model\.)?\d+\.sub\.|RRDB_trunk\.|body\.\d+\.rdb\d).*",), share=0.3),
     Kind(
-        "a tiny autoencoder (TAESD)", ONLY_MODELS, (r"((en|de)coder\.layers\.|\w+coder\.)?\d+\.(\w+\.)*\w+",), share=1
+        "a tiny autoencoder (TAESD)",
+        ONLY_MODELS,
+        (r"((en|de)coder\.layers\.|\w+coder\.)?\d+\.conv\.\d+\.\w+",),
+        share=0.5,
     ),
     Kind("a VAE", ONLY_MODELS, (_VAE,), share=0.3),
     Kind(

@@ -7,7 +7,7 @@
     python tools/convert.py --src model.ckpt --type Q4_K_M --tensor-type 'to_v=Q6_K' --tensor-type '^proj_out=F16'
 
 Sources: .safetensors (one file, shards with an index, a diffusers folder), .ckpt .pt .pth .bin, whole checkpoints (the
-diffusion model is taken out), fp8 plain and scaled, and GGUF in 16 or 32 bit. Nothing is ever loaded as a whole.
+diffusion model is taken out), fp8 plain and scaled, and GGUF in 16 or 32 bit. Tensors are read one after another.
 Exit codes: 0 done, 2 the request or its input cannot be used; one line on stderr says why.
 """
 

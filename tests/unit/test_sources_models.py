@@ -105,7 +105,7 @@ NAMES = (
     ("a VAE", "encoder.conv_in.weight decoder.conv_in.weight decoder.up.0.block.0.conv1.weight quant_conv.weight"),
     ("a VAE", "first_stage_model.decoder.conv_in.weight first_stage_model.quant_conv.weight"),
     ("a VAE", "decoder.conv1.weight encoder.middle.0.residual.0.gamma conv1.weight"),
-    ("TAESD", "1.weight 1.bias 3.conv.0.weight"),
+    ("TAESD", "1.weight 3.conv.0.weight 3.conv.0.bias"),
     ("only the text encoders", "cond_stage_model.transformer.x conditioner.embedders.0.y"),
     ("only the VAE and text encoders", "conditioner.embedders.0.y audio_vae.z"),
     ("an upscale model", "model.0.weight model.1.sub.0.RDB1.conv1.0.weight model.1.sub.0.RDB1.conv2.0.weight"),
