@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What converting costs: speed against ggml_quantize_chunk alone on the same threads, and memory.
 
-    python tests/bench/bench_convert.py [--gigabytes 6] [--types Q8_0 Q6_K Q4_K_S] [--threads 2] [--engine ggml]
+    python tests/bench/bench_convert.py [--gigabytes 2] [--types Q8_0 Q6_K Q4_K_S] [--threads 2] [--engine ggml]
 
 The source is a Flux-shaped safetensors file of normal BF16 weights. The roofline is ggml's own function, called on
 float32 rows that lie in memory, in chunks of the converter's size, with as many threads. Both run in turn; the ratio
@@ -89,7 +89,7 @@ def convert(source: Path, type_name: str, n_threads: int, engine: str) -> tuple[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=6)
+    parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--types", nargs="+", default=["Q8_0", "Q6_K", "Q4_K_S"], choices=list(RECIPES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--engine", choices=("ggml", "torch"), default="ggml")
