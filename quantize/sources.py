@@ -179,9 +179,17 @@ def _usable(path: Path, name: str, tensor: StoredTensor) -> StoredTensor:
     if not name:
         raise BadFile("one of its tensors has no name", path=path, hint="Export the model again.")
     if tensor.dtype in READ_AS:
-        dtype = READ_AS[tensor.dtype]
-        return StoredTensor(dtype, tensor.shape, lambda: tensor.read().to(dtype))
+        return StoredTensor(READ_AS[tensor.dtype], tensor.shape, lambda: _narrowed(path, name, tensor.read()))
     if tensor.dtype not in DTYPES:
         problem = f"tensor '{plain_text(name)}' is stored as {tensor.dtype}, which GGUF has no place for"
         raise UnsupportedQtype(problem, path=path, subject=name, hint="Take the 16-bit file of this model.")
     return tensor
+
+
+def _narrowed(path: Path, name: str, wide: Tensor) -> Tensor:
+    """A tensor in the type of READ_AS, which must be able to hold its values."""
+    narrow = wide.to(READ_AS[wide.dtype])
+    if not torch.equal(torch.isfinite(narrow), torch.isfinite(wide)):
+        problem = f"tensor '{plain_text(name)}' has float64 values that float32 cannot hold"
+        raise BadFile(problem, path=path, subject=name, hint="Take another file of this model.")
+    return narrow

@@ -83,6 +83,12 @@ def test_float64_is_read_as_float32(tmp_path):
     assert torch.equal(source.read("w"), torch.tensor([1 / 3]))
 
 
+def test_a_float64_that_float32_cannot_hold_is_refused_with_its_name(tmp_path):
+    source = open_source(save(tmp_path, {"w": torch.tensor([1e300], dtype=torch.float64)}))
+    with pytest.raises(BadFile, match="tensor 'w' has float64 values that float32 cannot hold"):
+        source.read("w")
+
+
 def resident_bytes():
     pages = int(open("/proc/self/statm").read().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
