@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ class Conversion:
     name: str
     imatrix: Imatrix | None = None
 
+    @cached_property
     def header(self) -> bytes:
         """The file's bytes before its data."""
         used = any(_has_importance(self, tensor) for tensor in self.plan.tensors)
@@ -73,7 +75,7 @@ def convert(
     """
     check_engine(engine, frozenset(t.qtype for t in conversion.plan.tensors))
     check_importance(conversion)
-    header = conversion.header()
+    header = conversion.header
     with Writer(path, file_size(conversion.plan, header), overwrite=overwrite) as writer:
         writer.write(header)
         for tensor, data, is_last in _encoded(conversion, engine, n_threads):

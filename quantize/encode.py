@@ -15,12 +15,13 @@ from typing import Protocol
 import torch
 from gguf.constants import GGMLQuantizationType as QType
 
+from ..dequant import PLAIN_DTYPES
 from ..errors import GGUFError, name_list, plain_text
 from ..kernels import torch_encoder
 from ..layouts import LAYOUTS, byte_shape
 from .ggml import MAX_IQ_WEIGHT, Ggml
 
-FLOAT_DTYPES = {QType.F32: torch.float32, QType.F16: torch.float16, QType.BF16: torch.bfloat16}
+FLOAT_DTYPES = {qtype: PLAIN_DTYPES[qtype] for qtype in (QType.F32, QType.F16, QType.BF16)}
 ENGINES = ("auto", "ggml", "torch")
 
 

@@ -8,7 +8,6 @@ Parameters that are no layer's weight are never BF16: loaders take such tensors 
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,8 +162,12 @@ def make_plan(source: Source, choices: Choices) -> Plan:
     Raises:
         GGUFError: the source has no model that can be told, or a type that was asked for cannot hold a tensor.
     """
-    arch, warnings = choose_arch(source, choices.arch)
-    roles = archs.roles(arch, {name: t.shape for name, t in source.tensors.items()})
+    shapes = {name: t.shape for name, t in source.tensors.items()}
+    arch, warnings = choose_arch(source.path, shapes, choices.arch)
+    roles = archs.roles(arch, shapes)
+    if choices.arch and arch is not archs.GENERIC and all(role.block < 0 for role in roles.values()):
+        problem = f"--arch {arch.name}: it has no tensor in a block of {arch.title}"
+        raise GGUFError(problem, path=source.path, hint="Leave out --arch, or name the right one.")
     recipe = RECIPES.get(choices.type_name)
     if recipe and recipe.needs_imatrix and not choices.has_imatrix:
         raise GGUFError(
@@ -175,29 +178,18 @@ def make_plan(source: Source, choices: Choices) -> Plan:
     planner = _Planner(source.path, arch, choices)
     tensors = tuple(planner.plan(source.tensors[name], role) for name, role in roles.items())
     file_type = _file_type(choices.type_name, tensors)
-    plan = Plan(arch, choices.type_name, file_type, tensors, (*warnings, *_warnings(tensors, choices)))
-    n_quantized = sum(prod(t.shape) for t in tensors if t.qtype not in STORED_TYPES.values())
-    if recipe and 2 * n_quantized < plan.n_weights:
-        share = 100 * n_quantized / max(plan.n_weights, 1)
-        warning = f"only {share:.0f} % of the weights are quantized; --tensor-type 'REGEX=TYPE' names more"
-        plan = dataclasses.replace(plan, warnings=(*plan.warnings, warning))
-    return plan
+    return Plan(arch, choices.type_name, file_type, tensors, (*warnings, *_warnings(tensors, choices)))
 
 
-def choose_arch(source: Source, name: str) -> tuple[archs.Arch, tuple[str, ...]]:
+def choose_arch(path: Path, shapes: archs.Shapes, name: str) -> tuple[archs.Arch, tuple[str, ...]]:
     """The architecture to convert as, by name or by content, and what the user should know about it."""
-    shapes = {key: t.shape for key, t in source.tensors.items()}
     if name:
-        arch = archs.named(name)
-        if arch is not archs.GENERIC and all(role.block < 0 for role in archs.roles(arch, shapes).values()):
-            problem = f"--arch {arch.name}: it has no tensor in a block of {arch.title}"
-            raise GGUFError(problem, path=source.path, hint="Leave out --arch, or name the right one.")
-        return arch, ()
+        return archs.named(name), ()
     found = archs.find_all(shapes)
     if len({arch.name for arch in found}) > 1:
         raise GGUFError(
             f"its tensors fit {len(found)} architectures: {name_list([arch.title for arch in found])}",
-            path=source.path,
+            path=path,
             hint="Say which with --arch.",
         )
     if found:
@@ -217,6 +209,7 @@ class _Planner:
         self.choices = choices
         self.recipe = RECIPES.get(choices.type_name)
         self.plain = PLAIN_TYPES[choices.type_name][1] if choices.type_name in PLAIN_TYPES else None
+        self.instead_of_bf16 = QType.F16 if self.recipe else QType.F32
 
     def plan(self, tensor: SourceTensor, role: archs.Role) -> PlannedTensor:
         shape = self.stored_shape(tensor, role)
@@ -268,17 +261,13 @@ class _Planner:
             return own, ""
         if len(tensor.shape) < 2 or not prod(tensor.shape):
             return QType.F32, ""
-        is_layer = tensor.name.endswith(".weight")
-        if self.plain is None and self.recipe is None:
-            return (own, "") if is_layer or own is not QType.BF16 else (QType.F32, "")
-        if role.f32 or prod(shape) <= SMALL:
+        if self.choices.type_name and (role.f32 or prod(shape) <= SMALL):
             return QType.F32, ""
-        if self.plain is not None:
-            return (self.plain, "") if is_layer or self.plain is not QType.BF16 else (QType.F32, "")
+        unquantized = own if self.plain is None else self.plain
+        if not tensor.name.endswith(".weight"):
+            return self.instead_of_bf16 if unquantized is QType.BF16 else unquantized, ""
         wanted = self.recipe.qtype(role) if self.recipe else None
-        if wanted is None or not is_layer:
-            return (own, "") if is_layer or own is not QType.BF16 else (QType.F16, "")
-        return _fitting(wanted, shape[-1], own)
+        return (unquantized, "") if wanted is None else _fitting(wanted, shape[-1], own)
 
 
 def _fitting(wanted: QType, row: int, own: QType) -> tuple[QType, str]:
@@ -326,4 +315,9 @@ def _warnings(tensors: Sequence[PlannedTensor], choices: Choices) -> list[str]:
     strangers = sorted(set(choices.exact) - {t.name for t in tensors})
     if strangers:
         found.append(f"names in the recipe that the model does not have: {name_list(strangers)}")
+    n_weights = sum(prod(t.shape) for t in tensors)
+    n_quantized = sum(prod(t.shape) for t in tensors if t.qtype not in STORED_TYPES.values())
+    if choices.type_name in RECIPES and 2 * n_quantized < n_weights:
+        share = 100 * n_quantized / n_weights
+        found.append(f"only {share:.0f} % of the weights are quantized; --tensor-type 'REGEX=TYPE' names more")
     return found

@@ -153,24 +153,24 @@ def destination(args: argparse.Namespace, plan: Plan) -> Path:
 
 def choose_engine(args: argparse.Namespace, plan: Plan) -> Engine:
     """The engine of --engine; auto takes ggml, building it on first use, and torch where it cannot be had."""
-    device = choose_device(args)
-    is_plain = all(t.qtype in PLAIN_DTYPES for t in plan.tensors)
-    if args.engine == "torch" or args.device or is_plain:
-        return TorchEngine(device if args.engine == "torch" or args.device else "cpu")
+    if args.device and args.engine == "ggml":
+        raise GGUFError("--device is for the torch engine", hint="Leave out --engine ggml.")
+    if args.engine == "torch" or args.device:
+        return TorchEngine(choose_device(args.device))
+    if all(t.qtype in PLAIN_DTYPES for t in plan.tensors):
+        return TorchEngine()
     try:
         return GgmlEngine(ggml.find_library() or build.build_ggml(lambda line: say(f"{args.prog}: {line}")))
     except ggml.BuildError as error:
         if args.engine == "ggml":
             raise
         say(f"{args.prog}: {error} Going on with the torch engine, which is slower.")
-        return TorchEngine(device)
+        return TorchEngine(choose_device(args.device))
 
 
-def choose_device(args: argparse.Namespace) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """Where the torch engine computes: --device, which must work, else a CUDA device if there is one."""
-    if args.device and args.engine == "ggml":
-        raise GGUFError("--device is for the torch engine", hint="Leave out --engine ggml.")
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"{args.prog}: {line}")
     if args.export_recipe:
         write_text(args.export_recipe, recipe_text(plan), args.overwrite)
-    n_bytes = file_size(plan, conversion.header())
+    n_bytes = file_size(plan, conversion.header)
     if args.dry_run:
         write_out((json.dumps(plan.as_json(n_bytes), indent=1) if args.json else describe(plan, path, n_bytes)) + "\n")
         return 0
