@@ -1,95 +1,128 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text encoders: how the tensors of llama.cpp's files are called in ComfyUI's models.
+"""Text encoders: which family a file's tensors are, by llama.cpp's names or by the original ones.
 
-Each entry maps whole names, with a {bid} slot for the block number; nothing is replaced inside a name. To add an
-encoder, add an entry.
+Content decides, tags help where content is ambiguous. text_encoder_table.py has the families in llama.cpp's names;
+files with the original names need no table, only the prefix that ComfyUI looks for in place of the one they have.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+
+from .text_encoder_entry import TextEncoder
+from .text_encoder_table import TEXT_ENCODERS
+
+# Names of vision and audio parts in llama.cpp's files ("mmproj").
+MMPROJ_PREFIXES = ("v.", "a.", "mm.")
 
 
 @dataclasses.dataclass(frozen=True)
-class TextEncoder:
-    """One family of text encoders.
+class NativeNames:
+    """A family of encoders in its original names.
 
     Attributes:
-        title: what users call it.
-        archs: values of `general.architecture`; for messages only.
-        marker: a tensor name that this family has, absent: one that it does not have ("": no such name).
-        keys: llama.cpp name to state-dict key.
-        refuse: name prefix to the reason why a file that has such tensors is of no use.
+        marker: a tensor name that it has, without prefix.
+        prefix: what ComfyUI's keys have in front of it, prefixes: what files have there.
+        roots: beginnings of the names that the prefix belongs to.
     """
 
-    title: str
-    archs: tuple[str, ...]
     marker: str
+    prefix: str = ""
+    prefixes: tuple[str, ...] = ("",)
+    roots: tuple[str, ...] = ("",)
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeMatch:
+    """Where a file has an encoder in its original names.
+
+    Attributes:
+        wrapper: what stands in front of all its names, such as "text_encoders.llm.".
+        keys: state-dict key to tensor name.
+    """
+
+    wrapper: str
     keys: Mapping[str, str]
-    absent: str = ""
-    refuse: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def key_map(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-        """State-dict key of each name, and the names that match no rule."""
-        mapped, unknown = {}, []
-        for name in names:
-            bid = _BLOCK_NUMBER.search(name)
-            key = self.keys.get(_BLOCK_NUMBER.sub("{bid}", name, count=1))
-            if key is None:
-                unknown.append(name)
-            else:
-                mapped[name] = key.replace("{bid}", bid.group()) if bid else key
-        return mapped, unknown
 
 
-_BLOCK_NUMBER = re.compile(r"(?<=blk\.)\d+")
-_T5_BLOCK = "encoder.block.{bid}.layer"
-_T5_KEYS = {
-    "token_embd.weight": "shared.weight",
-    "enc.output_norm.weight": "encoder.final_layer_norm.weight",
-    "enc.blk.{bid}.attn_q.weight": f"{_T5_BLOCK}.0.SelfAttention.q.weight",
-    "enc.blk.{bid}.attn_k.weight": f"{_T5_BLOCK}.0.SelfAttention.k.weight",
-    "enc.blk.{bid}.attn_v.weight": f"{_T5_BLOCK}.0.SelfAttention.v.weight",
-    "enc.blk.{bid}.attn_o.weight": f"{_T5_BLOCK}.0.SelfAttention.o.weight",
-    "enc.blk.{bid}.attn_rel_b.weight": f"{_T5_BLOCK}.0.SelfAttention.relative_attention_bias.weight",
-    "enc.blk.{bid}.attn_norm.weight": f"{_T5_BLOCK}.0.layer_norm.weight",
-    "enc.blk.{bid}.ffn_down.weight": f"{_T5_BLOCK}.1.DenseReluDense.wo.weight",
-    "enc.blk.{bid}.ffn_norm.weight": f"{_T5_BLOCK}.1.layer_norm.weight",
-}
-_T5_REFUSE = {
-    "dec.": "it is a full encoder-decoder; take a file with the encoder only (general.architecture t5encoder)",
-    "enc.blk.1.attn_rel_b.": "it is a UMT5, whose tokenizer this version cannot rebuild; take the safetensors file",
-}
+_DECODER_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "text_model.", "model.", "")
+_DECODER_ROOTS = ("layers.", "embed_tokens.", "norm.", "embed_tokens_per_layer.", "per_layer_")
 
-TEXT_ENCODERS: tuple[TextEncoder, ...] = (
-    TextEncoder(
-        title="T5 v1.1",
-        archs=("t5", "t5encoder"),
-        marker="enc.blk.0.ffn_gate.weight",
-        keys={
-            **_T5_KEYS,
-            "enc.blk.{bid}.ffn_gate.weight": f"{_T5_BLOCK}.1.DenseReluDense.wi_0.weight",
-            "enc.blk.{bid}.ffn_up.weight": f"{_T5_BLOCK}.1.DenseReluDense.wi_1.weight",
-        },
-        refuse=_T5_REFUSE,
+# More special families first: they have the names of the general ones too.
+NATIVE: tuple[NativeNames, ...] = (
+    NativeNames("transformer.resblocks.0.ln_1.weight"),
+    NativeNames("encoder.block.0.layer.0.SelfAttention.q.weight"),
+    NativeNames(
+        "embeddings.token_embedding.weight",
+        prefix="text_model.",
+        prefixes=("text_model.", ""),
+        roots=("embeddings.", "encoder.", "final_layer_norm."),
     ),
-    TextEncoder(
-        title="T5 v1.0",
-        archs=("t5", "t5encoder"),
-        marker="enc.blk.0.ffn_up.weight",
-        absent="enc.blk.0.ffn_gate.weight",
-        keys={**_T5_KEYS, "enc.blk.{bid}.ffn_up.weight": f"{_T5_BLOCK}.1.DenseReluDense.wi.weight"},
-        refuse=_T5_REFUSE,
-    ),
+    NativeNames("model.encoder.layers.0.mixer.Wqkv.weight"),
+    NativeNames("model.encoder.layers.0.pre_self_attn_layernorm.weight"),
+    NativeNames("layers.0.self_attn.sinks", "", _DECODER_PREFIXES, _DECODER_ROOTS),
+    NativeNames("layers.0.linear_attn.A_log", "model.language_model.", _DECODER_PREFIXES, _DECODER_ROOTS),
+    NativeNames("layers.0.input_layernorm.weight", "model.", _DECODER_PREFIXES, _DECODER_ROOTS),
+)
+# Keys by which a file that already has ComfyUI's names is known.
+NATIVE_MARKERS = tuple(f"{native.prefix}{native.marker}" for native in NATIVE)
+
+# What checkpoints and stable-diffusion.cpp put in front of an encoder's own names.
+_WRAPPER = re.compile(
+    r"(?:(?:text_encoders?\.(?:\w+\.)?|cond_stage_model\.(?:\w+\.)?|conditioner\.embedders\.\d+\.)"
+    r"(?:transformer\.|model\.)?)?"
 )
 
-# Keys by which a file that already has ComfyUI's (Hugging Face) names is known.
-NATIVE_MARKERS = ("encoder.block.0.layer.0.SelfAttention.q.weight",)
 
+def detect(names: Iterable[str], tags: Collection[str] = ()) -> TextEncoder | None:
+    """The entry that tensors with llama.cpp's names belong to, or None.
 
-def detect(names: Iterable[str]) -> TextEncoder | None:
-    """The entry whose marker is among the tensor names, or None."""
+    Args:
+        tags: what the file says of itself; decides between entries that the names all fit.
+    """
     present = set(names)
-    return next((e for e in TEXT_ENCODERS if e.marker in present and e.absent not in present), None)
+    found = [entry for entry in TEXT_ENCODERS if entry.matches(present)]
+    tagged = [entry for entry in found if any(tag in tags for tag in entry.tags)]
+    # A tokenizer is more telling than the architecture, which Mistral's files share with Llama's.
+    return next(iter([entry for entry in tagged if entry.tokenizer] or tagged or found), None)
+
+
+def find_native(names: Collection[str]) -> list[NativeMatch]:
+    """The encoders in a file with original names; more than one in a whole checkpoint."""
+    found: dict[str, NativeMatch] = {}
+    for native in NATIVE:
+        for name in names:
+            place = _place(native, name)
+            if place is not None and place[0] not in found:
+                found[place[0]] = NativeMatch(place[0], _native_keys(native, *place, names))
+    return list(found.values())
+
+
+def is_mmproj(names: Collection[str]) -> bool:
+    """Whether all tensors are of a vision or audio part."""
+    return bool(names) and all(name.startswith(MMPROJ_PREFIXES) for name in names)
+
+
+def _place(native: NativeNames, name: str) -> tuple[str, str] | None:
+    """(wrapper, prefix) in front of the marker, or None if `name` is not it."""
+    if not name.endswith(native.marker):
+        return None
+    head = name[: -len(native.marker)]
+    for prefix in native.prefixes:
+        if head.endswith(prefix) and _WRAPPER.fullmatch(head[: len(head) - len(prefix)]):
+            return head[: len(head) - len(prefix)], prefix
+    return None
+
+
+def _native_keys(native: NativeNames, wrapper: str, prefix: str, names: Iterable[str]) -> dict[str, str]:
+    """State-dict key to name of all tensors behind the wrapper."""
+    keys: dict[str, str] = {}
+    for name in names:
+        if name.startswith(wrapper):
+            key = name[len(wrapper) :]
+            if key.startswith(prefix) and key[len(prefix) :].startswith(native.roots):
+                key = native.prefix + key[len(prefix) :]
+            keys[key if key not in keys else name] = name
+    return keys

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A T5 as GGUF gives the hidden states of its dequantized weights, by itself and through the CLIP loader nodes."""
+"""Text encoders as GGUF give the hidden states of their dequantized weights, by themselves and through the nodes."""
 
+import dataclasses
 import functools
 
+import comfy.clip_model
+import comfy.ops
 import comfy.sd
 import comfy.text_encoders.t5
+import comfy.utils
+import encoders
 import gguf
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from gguf_kit.ops import make_ops
 from make_files import quantize_with_ggml
 
 Q = gguf.GGMLQuantizationType
+CPU = torch.device("cpu")
 SMALL = {
     "num_layers": 3,
     "d_model": 256,
@@ -38,10 +44,11 @@ def host_model(config, operations=comfy.ops.manual_cast):
     return comfy.text_encoders.t5.T5(config, torch.float32, torch.device("cpu"), operations)
 
 
-def write_t5(path, config, qtype):
+def write_t5(path, config, qtype, tokenizer=""):
     """Random weights of the host's class, named by gguf-py's table as llama.cpp names them."""
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, config["num_layers"])
     writer = gguf.GGUFWriter(path, "t5encoder")
+    encoders.add_tokenizer(writer, tokenizer)
     generator = np.random.default_rng(0)
     for key, shape in ((k, tuple(v.shape)) for k, v in host_model(config).state_dict().items()):
         name = table.get_name(key, try_suffixes=(".weight",))
@@ -143,7 +150,7 @@ def test_saving_a_text_encoder_gives_float_weights(t5_base):
 def test_flux_takes_a_gguf_t5_beside_a_safetensors_clip(tmp_path, monkeypatch):
     """DualCLIPLoader (GGUF), type flux, with the host's own Flux text model around a smaller T5."""
     t5, clip_l = (
-        write_t5(tmp_path / "t5-Q4_K.gguf", SMALL | {"d_model": 4096, "vocab_size": 32128}, Q.Q4_K),
+        write_t5(tmp_path / "t5-Q4_0.gguf", SMALL | {"d_model": 4096, "vocab_size": 32128}, Q.Q4_0),
         tmp_path / "clip_l.safetensors",
     )
     safetensors.torch.save_file(random_clip_l(), clip_l)
@@ -193,3 +200,187 @@ def test_scaled_fp8_beside_gguf_is_refused(tmp_path, t5_base):
     safetensors.torch.save_file({"x.weight": torch.zeros(4, 4), "x.scale_weight": torch.ones(1)}, path)
     with pytest.raises(nodes.GGUFError, match=r"clip_l_fp8_scaled\.safetensors: .*cannot be mixed"):
         nodes.load_clip((str(path), str(t5_base)), comfy.sd.CLIPType.FLUX)
+
+
+# -- every family of language models --
+
+KNOWN = [name for name, family in encoders.FAMILIES.items() if family.known()]
+
+
+@pytest.fixture(scope="module", params=KNOWN)
+def written(request, tmp_path_factory):
+    """(family, path, the weights that the file stands for)."""
+    family = encoders.FAMILIES[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        encoders.without_other_parts(patch)
+        path = tmp_path_factory.mktemp("encoder") / "encoder.gguf"
+        return family, path, encoders.write_encoder(family, path)
+
+
+def run_model(model, tokens, mask):
+    """Last hidden state of a host's model; Gemma 4 wants the tokens once more for its second embedding."""
+    named = {"input_ids": tokens} if hasattr(model.model, "embed_tokens_per_layer") else {}
+    run = model.model if named or "Qwen35" in type(model).__name__ else model
+    return run(tokens, attention_mask=mask, dtype=torch.float32, **named)[0]
+
+
+def test_a_family_loads_to_the_hidden_states_of_its_dequantized_weights(written, monkeypatch):
+    family, path, weights = written
+    encoders.without_other_parts(monkeypatch)
+    state = to_host(load_text_encoder(path)[0])
+    assert comfy.sd.detect_te_model(state).name == family.detected
+    state = comfy.utils.state_dict_prefix_replace(state, {"model.language_model.": "model."})  # as the host does
+    dense, quantized = family.build(), family.build(make_ops())
+    assert dense.load_state_dict(weights, strict=False).unexpected_keys == []
+    result = quantized.load_state_dict(state, strict=False)
+    assert result.missing_keys == []
+    assert set(result.unexpected_keys) <= {"spiece_model", "tekken_model", "tokenizer_json"}
+    assert is_quantized(quantized.model.embed_tokens.weight)
+    n_matrices = sum(value.dim() == 2 for value in weights.values())
+    assert len(list(quantized_modules(quantized))) == n_matrices
+    tokens, mask = torch.tensor([[5, 95, 0, 17, 3]]), torch.tensor([[1, 1, 1, 1, 0]])
+    with torch.inference_mode():
+        for attention_mask in (None, mask):
+            expected, actual = (run_model(model, tokens, attention_mask) for model in (dense, quantized))
+            assert expected.isfinite().all()
+            assert torch.equal(actual, expected)
+
+
+KNOWN_TO_0_3_75 = {"llama 3", "mistral small", "qwen2.5 3b", "qwen2.5-vl 7b", "qwen2.5 without vision", "qwen3 4b"}
+KNOWN_TO_0_3_75 |= {"gemma 2", "gemma 3 4b"}
+
+
+def test_the_families_that_the_running_host_knows_are_all_tested():
+    """A misspelt class in the table must not shrink the tests silently."""
+    newer = hasattr(comfy.sd.TEModel, "GEMMA_4_E4B")
+    assert set(KNOWN) == (set(encoders.FAMILIES) if newer else KNOWN_TO_0_3_75)
+
+
+def load_with_config(monkeypatch, config):
+    """Let the host's service build the models of the tests below with a configuration; returns that service."""
+    small = {f"{name}_model_config": dict(config) for name in ("gemma2_2b", "qwen3_4b", "llama")}
+    load = comfy.sd.load_text_encoder_state_dicts
+
+    @functools.wraps(load)
+    def load_small(*args, model_options, **kwargs):
+        return load(*args, model_options=model_options | small, **kwargs)
+
+    monkeypatch.setattr(comfy.sd, "load_text_encoder_state_dicts", load_small)
+    return load_small
+
+
+@pytest.mark.parametrize("name", ["gemma 2", "qwen3 4b", "llama 3"])
+def test_the_node_service_loads_a_family_with_its_tokenizer(tmp_path, monkeypatch, name):
+    """The whole way: file, detection, the host's class, its tokenizer from the file, hidden states."""
+    family = encoders.FAMILIES[name]
+    family = dataclasses.replace(family, config=family.config | {"vocab_size": 320, "num_hidden_layers": 3})
+    weights = encoders.write_encoder(family, tmp_path / "encoder.gguf")
+    state = load_text_encoder(tmp_path / "encoder.gguf")[0]
+    weights |= {key: value for key, value in state.items() if key == "spiece_model"}
+    load_small = load_with_config(monkeypatch, family.config)
+    clip_type = getattr(comfy.sd.CLIPType, family.clip_type.upper())
+    clip = nodes.load_clip((str(tmp_path / "encoder.gguf"),), clip_type)
+    dense = load_small([weights], clip_type=clip_type, model_options={"dtype": torch.float32})
+    assert type(clip.tokenizer) is type(dense.tokenizer)
+    models = [loaded.cond_stage_model for loaded in (clip, dense)]
+    inner = [next(m for m in model.modules() if type(m) is family.host_class()) for model in models]
+    assert all(is_quantized(layer.mlp.up_proj.weight) for layer in inner[0].model.layers)
+    tokens = torch.tensor([[5, 319, 0, 17, 3]])
+    with torch.inference_mode():
+        assert torch.equal(*(run_model(model, tokens, None) for model in inner))
+        if name == "gemma 2":
+            assert torch.equal(encode(clip, "a b"), encode(dense, "a b"))
+
+
+@pytest.mark.parametrize("name", ["llama 3", "qwen3 4b", "gemma 2"])
+def test_a_chat_model_of_a_size_that_the_host_has_no_class_for_is_refused_in_one_sentence(tmp_path, monkeypatch, name):
+    """The tiny model of the other tests, this time with nothing that tells the host about its width."""
+    encoders.write_encoder(encoders.FAMILIES[name], tmp_path / "chat.gguf")
+    load_with_config(monkeypatch, {"num_hidden_layers": 3})
+    clip_type = getattr(comfy.sd.CLIPType, encoders.FAMILIES[name].clip_type.upper())
+    with pytest.raises(
+        nodes.GGUFError, match=r"^chat\.gguf: ComfyUI .* cannot build a model .*size mismatch"
+    ) as caught:
+        nodes.load_clip((str(tmp_path / "chat.gguf"),), clip_type)
+    assert "\n" not in str(caught.value)
+
+
+def test_umt5_has_positions_in_every_block_and_its_tokenizer_in_the_state_dict(tmp_path):
+    config = SMALL | {"model_type": "umt5"}
+    path = write_t5(tmp_path / "umt5.gguf", config, Q.Q8_0, tokenizer="t5")
+    state = load_text_encoder(path)[0]
+    assert state.pop("spiece_model").dtype == torch.uint8
+    dense, quantized = host_model(config), host_model(config, make_ops())
+    dense.load_state_dict({k: v.dequantize() if isinstance(v, QuantizedBytes) else v for k, v in state.items()})
+    quantized.load_state_dict(to_host(state))
+    assert sum("relative_attention_bias" in key for key in state) == 3
+    tokens = torch.tensor([[5, 499, 0, 17, 3]])
+    assert torch.equal(quantized(tokens, None)[0], dense(tokens, None)[0])
+
+
+@pytest.mark.skipif(not hasattr(comfy.sd.TEModel, "GPT_OSS_20B"), reason="this ComfyUI has no GPT-OSS")
+def test_gpt_oss_gets_its_experts_joined(tmp_path):
+    """The values, in the host's own layers; layers that keep experts quantized are another matter."""
+    import comfy.text_encoders.gpt_oss as gpt_oss
+
+    sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96}
+    config = gpt_oss.GptOss20BConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    experts = comfy.ops.mixed_precision_ops({}, torch.float32, full_precision_mm=True).MoEExperts
+    ops = type("Ops", (comfy.ops.manual_cast,), {"MoEExperts": experts})
+    model = gpt_oss.GptOssModel(config, CPU, torch.float32, ops)
+    weights = encoders.write_gpt_oss(tmp_path / "gpt-oss.gguf", model)
+    state = load_text_encoder(tmp_path / "gpt-oss.gguf")[0]
+    assert comfy.sd.detect_te_model(to_host(state)).name == "GPT_OSS_20B"
+    assert state.pop("tokenizer_json").dtype == torch.uint8
+    assert state["layers.1.mlp.experts.gate_up_proj.weight"].qtype == Q.MXFP4
+    values = {k: v.dequantize() if isinstance(v, QuantizedBytes) else v.float() for k, v in state.items()}
+    assert values.keys() == weights.keys()
+    for key, expected in weights.items():
+        assert torch.equal(values[key], expected), key
+    result = model.load_state_dict(values, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    with torch.inference_mode():
+        assert model(torch.tensor([[5, 95, 0]]))["last_hidden_state"].isfinite().all()
+
+
+# -- original names --
+
+
+@pytest.mark.parametrize(("n_layers", "detected"), [(12, "CLIP_L"), (32, "CLIP_G")], ids=["clip-l", "clip-g"])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: key,
+        lambda key: key.removeprefix("text_model."),
+        lambda key: f"text_encoders.clip_l.transformer.{key}",
+    ],
+    ids=["as it is", "without prefix", "behind a wrapper"],
+)
+def test_clip_in_its_own_names(tmp_path, n_layers, detected, rename):
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": n_layers}
+    config = sizes | {"hidden_act": "quick_gelu", "vocab_size": 96, "max_position_embeddings": 77, "eos_token_id": 95}
+    dense, quantized = (
+        comfy.clip_model.CLIPTextModel(config, torch.float32, CPU, ops) for ops in (comfy.ops.manual_cast, make_ops())
+    )
+    generator = torch.Generator().manual_seed(0)
+    weights = {k: torch.randn(v.shape, generator=generator) * 0.05 for k, v in dense.state_dict().items()}
+    path = encoders.write_native(tmp_path / "clip.gguf", weights, rename)
+    state = load_text_encoder(path)[0]
+    assert comfy.sd.detect_te_model(to_host(state)).name == detected
+    dense.load_state_dict({k: v.dequantize() if isinstance(v, QuantizedBytes) else v.float() for k, v in state.items()})
+    quantized.load_state_dict(to_host(state))
+    tokens = torch.tensor([[1, 2, 94, *[95] * 74]])
+    for actual, expected in zip(quantized(tokens), dense(tokens), strict=True):
+        assert actual is expected is None or torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("tag", ["", "cow"])
+@pytest.mark.parametrize("prefix", ["model.", "", "text_model.", "language_model.model.", "text_encoders.llm.model."])
+def test_a_language_model_in_its_own_names_gets_the_prefix_that_the_host_reads(tmp_path, prefix, tag):
+    """Without "model." ComfyUI would take it for SD1's CLIP."""
+    family = encoders.FAMILIES["llama 3"]
+    weights = {key: torch.ones(value.shape) for key, value in family.build().state_dict().items()}
+    path = encoders.write_native(tmp_path / "a.gguf", weights, lambda key: prefix + key.removeprefix("model."), tag)
+    state = load_text_encoder(path)[0]
+    assert state.keys() == weights.keys()
+    assert comfy.sd.detect_te_model(to_host(state)).name == "LLAMA3_8"
