@@ -9,7 +9,9 @@ quantized weight when it is loaded. To make another layer keep its bytes, derive
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import comfy.float
@@ -25,6 +27,7 @@ from .host.compat import (
     is_quantized,
     release_weight,
     with_dtype,
+    wrap,
 )
 from .host.lora import (
     PatchableWeight,
@@ -35,6 +38,8 @@ from .host.lora import (
     prefers_side_path,
 )
 
+# Vocabularies are padded by tens to hundreds of rows: Gemma 3 by 64, Llama 3 for pictures by 64, Qwen by 267.
+MAX_SPARE_ROWS = 1024
 _LazyDevice = collections.namedtuple("_LazyDevice", ["type", "index"])
 
 
@@ -171,7 +176,7 @@ class QuantizedLayer(PatchableWeight):
                 missing_keys.append(prefix + name)
                 if self._parameters[name] is None:
                     self._fill_missing(name, shape)
-            elif tuple(value.shape) != shape:
+            elif not self._fits(tuple(value.shape), shape):
                 error_msgs.append(
                     f"size mismatch for {prefix}{name}: {tuple(value.shape)} in the file, {shape} in the model"
                 )
@@ -187,8 +192,12 @@ class QuantizedLayer(PatchableWeight):
                 and key[len(prefix) :] not in self._expected_shapes
             ]
 
+    def _fits(self, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+        return found == expected
+
     def _fill_missing(self, name: str, shape: tuple[int, ...]) -> None:
-        zeros = torch.zeros(shape, dtype=self.weight_comfy_model_dtype)
+        # One zero seen everywhere: whole models can be missing, of a picture part or of a file that is then refused.
+        zeros = torch.zeros((), dtype=self.weight_comfy_model_dtype).expand(shape)
         self._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
         self.missing |= {name}
 
@@ -343,7 +352,27 @@ class GGUFConv3d(_GGUFConv, comfy.ops.manual_cast.Conv3d):
 
 
 class GGUFEmbedding(QuantizedLayer, comfy.ops.manual_cast.Embedding):
-    """Embedding over a quantized table (n, dim): gathers byte rows and dequantizes only those."""
+    """Embedding over a quantized table (n, dim): gathers byte rows and dequantizes only those.
+
+    A vocabulary padded to a round size has a few rows more, or fewer, than the model has; they stand for no token.
+    """
+
+    def _fits(self, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+        return found[1:] == expected[1:] and abs(found[0] - expected[0]) <= MAX_SPARE_ROWS
+
+    def _adopt(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        n_missing = self.num_embeddings - value.shape[0]
+        if not n_missing:
+            return super()._adopt(name, value)
+        if isinstance(value, LazyWeight):
+            value = value.module.weight
+        if n_missing < 0:
+            return super()._adopt(name, value[: self.num_embeddings])
+        rows = torch.zeros((n_missing, *value.shape[1:]), dtype=value.dtype)
+        if is_quantized(value):
+            spare = torch.zeros((n_missing, value._qdata.shape[1]), dtype=torch.uint8)  # a block of zero bytes is zeros
+            rows = wrap(spare, value._params.qtype, tuple(rows.shape), value.dtype)
+        return super()._adopt(name, torch.cat([value, rows]))
 
     def forward_comfy_cast_weights(self, input: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         if not is_quantized(self.weight):
@@ -366,6 +395,57 @@ class GGUFEmbedding(QuantizedLayer, comfy.ops.manual_cast.Embedding):
         rows = table.index_select(0, index.reshape(-1).to(table.device)).to(index.device)  # (n_index, row_bytes)
         values = dequantize_rows(rows, self.weight._params.qtype, self.options.dequant_dtype or dtype)
         return values.to(dtype).reshape(*index.shape, -1)
+
+
+class _ExpertBank(torch.nn.Module, comfy.ops.CastWeightBiasOp):
+    """The linear layers of all experts in one weight (n_experts, out, in), with the host's surface for such layers."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        empty = {"device": device, "dtype": dtype}
+        self.weight = torch.nn.Parameter(torch.empty(num_experts, out_features, in_features, **empty), False)
+        self.bias = torch.nn.Parameter(torch.empty(num_experts, out_features, **empty), False) if bias else None
+
+
+class GGUFMoEExperts(QuantizedLayer, _ExpertBank):
+    """Experts over a quantized weight: dequantizes the expert that is used, not the bank."""
+
+    _bank: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    @contextlib.contextmanager
+    def bank_resident(self, input: torch.Tensor) -> Iterator[GGUFMoEExperts]:
+        """Keep the bank on input's device for the experts that are used within."""
+        weight, bias, token = cast_weight(self, input, input.dtype)
+        patched = self.active_patches() or self.wrapper_functions()
+        self._bank = (self.patched_weight(weight, input.dtype) if patched else weight), bias
+        try:
+            yield self
+        finally:
+            self._bank = None
+            release_weight(self, weight, bias, token)
+
+    def expert_linear(self, input: torch.Tensor, i: int) -> torch.Tensor:
+        """x (..., in) through expert i, to (..., out)."""
+        if self._bank is None:
+            with self.bank_resident(input):
+                return self.expert_linear(input, i)
+        weight, bias = self._bank
+        if is_quantized(weight):
+            rows = weight._qdata.reshape(self.num_experts, self.out_features, -1)[i]
+            dtype = self.options.dequant_dtype or input.dtype
+            expert = dequantize_rows(rows, weight._params.qtype, dtype).to(input.dtype)
+        else:
+            expert = weight[i]
+        return torch.nn.functional.linear(input, expert, None if bias is None else bias[i])
 
 
 class _FloatLayer:
@@ -402,6 +482,7 @@ def make_ops(options: OpsOptions | None = None) -> type:
     layers: dict[str, Any] = {
         name: type(f"GGUF{name}", (base,), {"options": options}) for name, base in _QUANTIZED_LAYERS.items()
     }
+    layers["MoEExperts"] = type("GGUFMoEExperts", (GGUFMoEExperts,), {"options": options})
     for name in _FLOAT_LAYERS:
         base = getattr(comfy.ops.manual_cast, name, None)
         if base is not None:

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from gguf_kit import nodes
-from gguf_kit.host.compat import is_quantized, quantized_modules
+from gguf_kit.host.compat import is_quantized, quantized_modules, wrap
 from gguf_kit.loader import QuantizedBytes, load_text_encoder
 from gguf_kit.nodes import to_host
 from gguf_kit.ops import make_ops
@@ -320,7 +320,7 @@ def test_umt5_has_positions_in_every_block_and_its_tokenizer_in_the_state_dict(t
 
 @pytest.mark.skipif(not hasattr(comfy.sd.TEModel, "GPT_OSS_20B"), reason="this ComfyUI has no GPT-OSS")
 def test_gpt_oss_gets_its_experts_joined(tmp_path):
-    """The values, in the host's own layers; layers that keep experts quantized are another matter."""
+    """Their values, and hidden states of the layers that keep them quantized."""
     import comfy.text_encoders.gpt_oss as gpt_oss
 
     sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96}
@@ -339,8 +339,40 @@ def test_gpt_oss_gets_its_experts_joined(tmp_path):
         assert torch.equal(values[key], expected), key
     result = model.load_state_dict(values, strict=False)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    quantized = gpt_oss.GptOssModel(config, CPU, torch.float32, make_ops())
+    result = quantized.load_state_dict(to_host(state), strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert is_quantized(quantized.layers[0].mlp.experts.gate_up_proj.weight)
     with torch.inference_mode():
-        assert model(torch.tensor([[5, 95, 0]]))["last_hidden_state"].isfinite().all()
+        dense, actual = (m(torch.tensor([[5, 95, 0, 7]]))["last_hidden_state"] for m in (model, quantized))
+        assert dense.isfinite().all()
+        assert torch.equal(actual, dense)
+
+
+@pytest.mark.parametrize("n_rows", [90, 100])
+@pytest.mark.parametrize("qtype", [Q.Q4_K, Q.F16], ids=lambda q: q.name)
+def test_a_vocabulary_may_have_a_few_rows_more_or_fewer_than_the_model(n_rows, qtype):
+    layer = make_ops().Embedding(96, 256, dtype=torch.float32)
+    values = np.random.default_rng(0).standard_normal((n_rows, 256), dtype=np.float32)
+    data = torch.from_numpy(
+        gguf.quants.quantize(values, qtype) if qtype == Q.F16 else quantize_with_ggml(values, qtype)
+    )
+    weight = data if qtype == Q.F16 else wrap(data, qtype, (n_rows, 256))
+    assert layer.load_state_dict({"weight": weight}).missing_keys == []
+    stored = torch.from_numpy(gguf.quants.dequantize(data.numpy(), qtype).astype(np.float32))
+    found = layer(torch.arange(96), out_dtype=torch.float32)
+    assert torch.equal(found[: min(n_rows, 96)], stored[:96])
+    assert not found[n_rows:].any()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make_ops().Embedding(96 + 2000, 256).load_state_dict({"weight": weight})
+
+
+def test_what_a_file_lacks_takes_no_memory():
+    layer = make_ops().Linear(4096, 4096, dtype=torch.float32)
+    layer.load_state_dict({}, strict=False)
+    assert layer.missing == {"weight", "bias"}
+    assert layer.weight.untyped_storage().nbytes() == 4
+    assert not layer(torch.ones(1, 4096)).any()
 
 
 # -- original names --
