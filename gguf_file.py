@@ -332,6 +332,12 @@ class GGUFFile:
             raise BadFile(problem, path=self.path, subject=name, hint="Convert the model again.")
         return shape
 
+    @property
+    def arch(self) -> str:
+        """`general.architecture` as the file has it, "" if it has none."""
+        tag = self.metadata.get("general.architecture", "")
+        return tag if isinstance(tag, str) else ""
+
     def carried_metadata(self) -> dict[str, str]:
         """Return the strings that were carried along from the safetensors file, such as `config`."""
         texts = (key for key in self.metadata if self.metadata.type_of(key) is ValueType.STRING)

@@ -21,7 +21,8 @@ from nodes import CLIPLoader, DualCLIPLoader
 from .errors import GGUFError, UnsupportedArch, name_list
 from .host.compat import accepted, host_version, wrap
 from .host.patcher import adopt
-from .loader import QuantizedBytes, StateDict, load_diffusion_model, load_text_encoder
+from .loader import load_diffusion_model, load_text_encoder
+from .models.values import QuantizedBytes, StateDict
 from .ops import OpsOptions, make_ops
 
 # Our folder key -> the host's keys whose folders it looks in.

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 from gguf_kit import nodes
 from gguf_kit.host.compat import is_quantized, quantized_modules, wrap
-from gguf_kit.loader import QuantizedBytes, load_text_encoder
+from gguf_kit.loader import load_text_encoder
+from gguf_kit.models.values import QuantizedBytes
 from gguf_kit.nodes import to_host
 from gguf_kit.ops import make_ops
 from make_files import quantize_with_ggml

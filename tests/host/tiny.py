@@ -9,7 +9,8 @@ import gguf
 import numpy as np
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from gguf_kit.loader import QuantizedBytes, load_diffusion_model
+from gguf_kit.loader import load_diffusion_model
+from gguf_kit.models.values import QuantizedBytes
 from gguf_kit.nodes import load_model
 from gguf_kit.ops import OpsOptions
 

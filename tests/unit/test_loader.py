@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from gguf_kit.errors import BadFile, GGUFError, UnsupportedArch, UnsupportedQtype
-from gguf_kit.loader import QuantizedBytes, load_diffusion_model, load_text_encoder
+from gguf_kit.loader import load_diffusion_model, load_text_encoder
 from gguf_kit.models import archs, text_encoders
+from gguf_kit.models.values import QuantizedBytes
 
 Q = gguf.GGMLQuantizationType
 HIDDEN = 64

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from gguf_kit.errors import BadFile, GGUFError, UnsupportedArch
-from gguf_kit.loader import QuantizedBytes, load_text_encoder
+from gguf_kit.loader import load_text_encoder
 from gguf_kit.models import text_encoders
 from gguf_kit.models.text_encoder_table import TEXT_ENCODERS
+from gguf_kit.models.values import QuantizedBytes
 
 Q = gguf.GGMLQuantizationType
 ARCH = gguf.MODEL_ARCH
