@@ -66,7 +66,7 @@ def load_diffusion_model(path: str | os.PathLike[str]) -> tuple[StateDict, LoadI
     file = GGUFFile(path)
     if text_encoders.detect(file.tensors) or "token_embd.weight" in file.tensors:
         raise UnsupportedArch(
-            f"it is a text encoder or language model (general.architecture '{plain_text(file.arch)}'), no diffusion model",
+            f"it is a text encoder (general.architecture '{plain_text(file.arch)}'), not a diffusion model",
             path=path,
             hint='Load it with "CLIPLoader (GGUF)".',
         )
