@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from .errors import UnsupportedArch, name_list, plain_text
 from .gguf_file import GGUFFile
 from .models import archs, text_encoders
-from .models.restore import restore
-from .models.text_encoder_table import TEXT_ENCODERS
+from .models.restore import add_tokenizer, restore
+from .models.text_encoder_entry import TextEncoder
+from .models.text_encoder_table import FULL_T5, TEXT_ENCODERS
 from .models.values import StateDict, read_tensor
 
 log = logging.getLogger("gguf_kit")
@@ -64,15 +65,17 @@ def load_diffusion_model(path: str | os.PathLike[str]) -> tuple[StateDict, LoadI
         GGUFError: the file is damaged, holds something else, or has a layout that cannot be loaded.
     """
     file = GGUFFile(path)
-    if text_encoders.detect(file.tensors) or "token_embd.weight" in file.tensors:
+    names = archs.strip_prefix(file.tensors)
+    shapes = {key: file.logical_shape(name) for key, name in names.items()}
+    arch = archs.detect(shapes)
+    if "token_embd.weight" in file.tensors or (arch is None and text_encoders.find_native(file.tensors)):
         raise UnsupportedArch(
             f"it is a text encoder (general.architecture '{plain_text(file.arch)}'), not a diffusion model",
             path=path,
             hint='Load it with "CLIPLoader (GGUF)".',
         )
-    names = archs.strip_prefix(file.tensors)
-    shapes = {key: file.logical_shape(name) for key, name in names.items()}
-    arch = archs.detect(shapes)
+    if file.arch == "clip" and text_encoders.is_mmproj(file.tensors):
+        raise _vision_alone(file)
     if arch is not None and arch.reject:
         raise UnsupportedArch(
             f"it is {arch.title}, which cannot be loaded from GGUF", path=path, hint=f"{arch.reject}."
@@ -91,22 +94,32 @@ def load_text_encoder(path: str | os.PathLike[str]) -> tuple[StateDict, LoadInfo
     """
     file = GGUFFile(path)
     encoder = text_encoders.detect(file.tensors, _tags(file))
-    if encoder is None:
-        return _read(file, _native_names(file), "text encoder with native names")
+    if encoder is not None:
+        names = _renamed(file, encoder)
+        state = _values(file, names)
+        restore(file, encoder, names, state)
+    else:
+        names = _native_names(file)
+        state = _values(file, names)
+        encoder = text_encoders.family_of(state, _tags(file))
+    if encoder is not None:
+        add_tokenizer(file, encoder, state)
+    return state, _describe(file, names, encoder.title if encoder else "CLIP or another text encoder")
+
+
+def _renamed(file: GGUFFile, encoder: TextEncoder) -> dict[str, str]:
+    """Key to tensor name of a file in llama.cpp's names, or the refusal of one that is of no use."""
     for prefix, reason in encoder.refuse.items():
         if any(name.startswith(prefix) for name in file.tensors):
-            raise UnsupportedArch(f"this {encoder.title} cannot be used: {reason}", path=path)
+            raise UnsupportedArch(f"this {encoder.title} cannot be used: {reason}", path=file.path)
     mapped, unknown = encoder.key_map(file.tensors)
     if unknown:
         raise UnsupportedArch(
             f"{len(unknown)} tensor names match no {encoder.title} rule: {name_list(unknown)}",
-            path=path,
+            path=file.path,
             hint="Take the encoder from another source, or its safetensors file.",
         )
-    names = {key: name for name, key in mapped.items()}
-    state = _values(file, names)
-    restore(file, encoder, names, state)
-    return state, _describe(file, names, encoder.title)
+    return {key: name for name, key in mapped.items()}
 
 
 def _tags(file: GGUFFile) -> tuple[str, ...]:
@@ -127,7 +140,10 @@ def _native_names(file: GGUFFile) -> dict[str, str]:
         )
     if not found or (not found[0].wrapper and _diffusion_arch(file) is not None):
         raise _no_text_encoder(file)
-    return dict(found[0].keys)
+    keys = dict(found[0].keys)
+    if any(key.startswith("decoder.block.") for key in keys):
+        raise UnsupportedArch(f"this T5 cannot be used: {FULL_T5}", path=file.path)
+    return keys
 
 
 def _diffusion_arch(file: GGUFFile) -> archs.Arch | None:
@@ -144,11 +160,7 @@ def _no_text_encoder(file: GGUFFile) -> UnsupportedArch:
             hint='Load it with "Unet Loader (GGUF)".',
         )
     if text_encoders.is_mmproj(file.tensors):
-        return UnsupportedArch(
-            "it is the vision part (mmproj) of a model, without the text encoder itself",
-            path=file.path,
-            hint="Choose the model's main file.",
-        )
+        return _vision_alone(file)
     known = ", ".join(encoder.title for encoder in TEXT_ENCODERS)
     return UnsupportedArch(
         f"it is no text encoder that can be loaded from GGUF here (general.architecture '{plain_text(file.arch)}')",
@@ -164,6 +176,14 @@ def _read(file: GGUFFile, names: Mapping[str, str], title: str) -> tuple[StateDi
 
 def _values(file: GGUFFile, names: Mapping[str, str]) -> StateDict:
     return {key: read_tensor(file, key, file.tensors[name]) for key, name in names.items()}
+
+
+def _vision_alone(file: GGUFFile) -> UnsupportedArch:
+    return UnsupportedArch(
+        "it is the vision part (mmproj) of a text encoder, without the encoder itself",
+        path=file.path,
+        hint='Choose the main file in "CLIPLoader (GGUF)", and this one as its vision part.',
+    )
 
 
 def _describe(file: GGUFFile, names: Mapping[str, str], title: str) -> LoadInfo:

@@ -46,7 +46,6 @@ def restore(file: GGUFFile, encoder: TextEncoder, names: Mapping[str, str], stat
         state[key] = value
     for joined, parts in encoder.alternate.items():
         _join_alternating(file, joined, parts, state)
-    _add_tokenizer(file, encoder, state)
 
 
 def _n_heads(file: GGUFFile, count: str, bid: str) -> int:
@@ -146,8 +145,12 @@ def _alternate(file: GGUFFile, keys: tuple[str, str], first: Any, second: Any) -
     )
 
 
-def _add_tokenizer(file: GGUFFile, encoder: TextEncoder, state: StateDict) -> None:
-    """Put the tokenizer's file under the key where ComfyUI looks for it, unless the file brings it as a tensor."""
+def add_tokenizer(file: GGUFFile, encoder: TextEncoder, state: StateDict) -> None:
+    """Put the tokenizer's file under the key where ComfyUI looks for it, unless the file brings it as a tensor.
+
+    Raises:
+        UnsupportedArch: the file has none, or one that ComfyUI's class cannot use.
+    """
     key = tokenizers.KINDS[encoder.tokenizer].key if encoder.tokenizer else ""
     if not key or key in state:
         return

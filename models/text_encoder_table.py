@@ -32,9 +32,8 @@ _T5_GATED_KEYS = {
     "enc.blk.{bid}.ffn_gate.weight": f"{_T5_BLOCK}.1.DenseReluDense.wi_0.weight",
     "enc.blk.{bid}.ffn_up.weight": f"{_T5_BLOCK}.1.DenseReluDense.wi_1.weight",
 }
-_T5_REFUSE = MappingProxyType(
-    {"dec.": "it is a full encoder-decoder; take a file with the encoder only (general.architecture t5encoder)"}
-)
+FULL_T5 = "it is a full encoder-decoder; take a file with the encoder only (general.architecture t5encoder)"
+_T5_REFUSE = MappingProxyType({"dec.": FULL_T5})
 
 # -- Decoders: the names that all of them share, then what each family adds. --
 

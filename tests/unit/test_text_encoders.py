@@ -385,7 +385,7 @@ REFUSED = {
     "vision part alone": (
         {"v.blk.0.attn_q.weight": (64, 64), "mm.0.weight": (64, 64)},
         {},
-        "it is the vision part (mmproj) of a model, without the text encoder itself",
+        "it is the vision part (mmproj) of a text encoder, without the encoder itself",
     ),
     "diffusion model": (FLUX, {}, "it is a diffusion model (Flux.1"),
     "two encoders": (
