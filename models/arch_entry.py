@@ -19,13 +19,15 @@ class Category(enum.Enum):
 
     ATTN_QKV = "attn_qkv"  # fused, also where the same matrix has more rows
     ATTN_V = "attn_v"
-    ATTN = "attn"  # queries, keys and the output projection
+    ATTN = "attn"  # queries and keys; in diffusion models the output projection too
+    ATTN_OUTPUT = "attn_output"  # the output projection, where recipes tell it from queries and keys
     FFN_DOWN = "ffn_down"
     FFN = "ffn"
     MODULATION = "modulation"
     CONV = "conv"
     EMBED = "embed"  # of time, guidance, text, image and patches; tables of positions; all that feeds the blocks
     OUTPUT = "output"
+    TOKEN_EMBD = "token_embd"  # a row for each token of a vocabulary: looked up, or multiplied with to get words
     OTHER = "other"
 
 
@@ -67,6 +69,8 @@ class Arch:
             gates that are small but decide much.
         drop: patterns of whole keys that no model needs.
         reshape_conv: kernels of convolutions are stored as rows of 256 weights where their number allows it.
+        is_encoder: it is a text encoder; these have recipes of their own.
+        tokenizer: kind (a key of tokenizers.KINDS) of the tokenizer that ComfyUI looks for among its tensors, or "".
     """
 
     name: str
@@ -81,6 +85,8 @@ class Arch:
     keep_f32: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     reshape_conv: bool = False
+    is_encoder: bool = False
+    tokenizer: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "detect", MappingProxyType(dict(self.detect)))

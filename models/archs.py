@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architectures of diffusion models, recognised by keys and shapes; the tag in a file is never asked.
+"""Architectures of models, recognised by keys and shapes; the tag in a file is never asked.
 
 Whether a model can be loaded is the host's decision. The entries of arch_table.py name what a file holds, for the user,
-catch layouts that a host would load wrongly, and tell the quantizer what each tensor does.
+catch layouts that a host would load wrongly, and tell the quantizer what each tensor does; those of encoder_archs.py do
+so for text encoders, which only the quantizer and the inspector tell apart by them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from math import prod
 from ..errors import UnsupportedArch, plain_text
 from .arch_entry import Arch, Category, Role, Rules, Shapes
 from .arch_table import ARCHS, BLOCK_RULES, GENERIC, LEFTOVERS
+from .encoder_archs import ENCODERS, detect_encoder
 
 __all__ = [
     "ARCHS",
+    "ENCODERS",
     "GENERIC",
     "KEY_PREFIXES",
     "Arch",
@@ -26,6 +29,7 @@ __all__ = [
     "Role",
     "Shapes",
     "detect",
+    "detect_encoder",
     "find_all",
     "named",
     "roles",
@@ -72,7 +76,7 @@ def named(name: str) -> Arch:
         UnsupportedArch: there is none; the message, a ValueError's, lists the names.
     """
     wanted = _plain_name(name)
-    usable = [arch for arch in (*ARCHS, GENERIC) if not arch.reject]
+    usable = [arch for arch in (*ARCHS, *ENCODERS, GENERIC) if not arch.reject]
     for arch in usable:
         if _plain_name(arch.name) == wanted:
             return arch

@@ -145,19 +145,22 @@ def _alternate(file: GGUFFile, keys: tuple[str, str], first: Any, second: Any) -
     )
 
 
-def add_tokenizer(file: GGUFFile, encoder: TextEncoder, state: StateDict) -> None:
+def add_tokenizer(file: GGUFFile, title: str, kind: str, state: StateDict) -> None:
     """Put the tokenizer's file under the key where ComfyUI looks for it, unless the file brings it as a tensor.
 
+    Args:
+        title: what the encoder is, for the message.
+        kind: a key of tokenizers.KINDS, or "" for encoders whose tokenizer ComfyUI has.
     Raises:
         UnsupportedArch: the file has none, or one that ComfyUI's class cannot use.
     """
-    key = tokenizers.KINDS[encoder.tokenizer].key if encoder.tokenizer else ""
+    key = tokenizers.KINDS[kind].key if kind else ""
     if not key or key in state:
         return
     if "tokenizer.ggml.tokens" not in file.metadata:
         raise UnsupportedArch(
-            f"this {encoder.title} has no tokenizer (metadata key 'tokenizer.ggml.tokens'), and ComfyUI brings none",
+            f"this {title} has no tokenizer (metadata key 'tokenizer.ggml.tokens'), and ComfyUI brings none",
             path=file.path,
             hint="Take a file that llama.cpp has converted.",
         )
-    state[key] = tokenizers.build(file, encoder.tokenizer)
+    state[key] = tokenizers.build(file, kind)

@@ -11,9 +11,9 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from .text_encoder_entry import TextEncoder, split_name
+from ..gguf_file import GGUFFile
+from .text_encoder_entry import TextEncoder
 from .text_encoder_table import TEXT_ENCODERS
-from .tokenizers import KINDS
 
 # Names of vision and audio parts in llama.cpp's files ("mmproj").
 MMPROJ_PREFIXES = ("v.", "a.", "mm.")
@@ -67,10 +67,9 @@ NATIVE: tuple[NativeNames, ...] = (
     NativeNames("layers.0.linear_attn.A_log", "model.language_model.", _DECODER_PREFIXES, _DECODER_ROOTS),
     NativeNames("layers.0.input_layernorm.weight", "model.", _DECODER_PREFIXES, _DECODER_ROOTS),
 )
-# Keys by which a file that already has ComfyUI's names is known.
-NATIVE_MARKERS = tuple(f"{native.prefix}{native.marker}" for native in NATIVE)
 
-_KEY_NUMBER = re.compile(r"(?<=(?:layers|.block)\.)\d+(?=\.)")
+# What published models have in front of their vision parts, and ComfyUI's files do not.
+_VISION_PREFIX = re.compile(r"^(model\.)?(vision_tower\.)?(?=(vision_model|multi_modal_projector)\.)")
 
 # What checkpoints and stable-diffusion.cpp put in front of an encoder's own names.
 _WRAPPER = re.compile(
@@ -83,41 +82,19 @@ def detect(names: Iterable[str], tags: Collection[str] = ()) -> TextEncoder | No
     """The entry that tensors with llama.cpp's names belong to, or None.
 
     Args:
-        tags: what the file says of itself; decides between entries that the names all fit.
+        tags: what the file says of itself (tags_of); decides between entries that the names all fit.
     """
     present = set(names)
     found = [entry for entry in TEXT_ENCODERS if entry.matches(present)]
-    return _choose(found, tags)
-
-
-def family_of(keys: Collection[str], tags: Collection[str] = ()) -> TextEncoder | None:
-    """The entry that a state dict in ComfyUI's keys belongs to, or None: the one that has most of the keys.
-
-    Args:
-        tags: as in detect().
-    """
-    rules = {_KEY_NUMBER.sub("{bid}", key) for key in keys}
-    found = [(len(rules & set(entry.keys.values())), entry) for entry in TEXT_ENCODERS if _has_keys(entry, keys)]
-    most = max((n for n, _ in found), default=0)
-    return _choose(
-        [entry for n, entry in found if n == most], {*tags, *(kind for kind, row in KINDS.items() if row.key in keys)}
-    )
-
-
-def _has_keys(entry: TextEncoder, keys: Collection[str]) -> bool:
-    """Whether keys has what the entry must have, but for weights that ComfyUI has joined to one."""
-    joined = {part for parts in entry.alternate.values() for part in parts}
-    for rule, bid in map(split_name, entry.has):
-        key = entry.keys.get(rule, "")
-        if key not in joined and key.replace("{bid}", bid) not in keys:
-            return False
-    return True
-
-
-def _choose(found: list[TextEncoder], tags: Collection[str]) -> TextEncoder | None:
     tagged = [entry for entry in found if any(tag in tags for tag in entry.tags)]
     # A tokenizer is more telling than the architecture, which Mistral's files share with Llama's.
     return next(iter([entry for entry in tagged if entry.tokenizer] or tagged or found), None)
+
+
+def tags_of(file: GGUFFile) -> tuple[str, ...]:
+    """What a file says of itself, as far as it decides between encoders that look alike."""
+    values = (file.metadata.get(key) for key in ("general.architecture", "tokenizer.ggml.pre"))
+    return tuple(value for value in values if isinstance(value, str))
 
 
 def find_native(names: Collection[str]) -> list[NativeMatch]:
@@ -155,5 +132,6 @@ def _native_keys(native: NativeNames, wrapper: str, prefix: str, names: Iterable
             key = name[len(wrapper) :]
             if key.startswith(prefix) and key[len(prefix) :].startswith(native.roots):
                 key = native.prefix + key[len(prefix) :]
+            key = _VISION_PREFIX.sub("", key, count=1)
             keys[key if key not in keys else name] = name
     return keys

@@ -15,6 +15,10 @@ from gguf.constants import GGMLQuantizationType
 from ..dequant import PLAIN_DTYPES, SUPPORTED_QTYPES, dequantize_rows
 from ..errors import UnsupportedQtype, plain_text
 from ..gguf_file import GGUFFile, TensorInfo
+from .tokenizers import KINDS
+
+# GGUF has no uint8: the bytes of tokenizers are I8.
+BYTE_KEYS = frozenset(kind.key for kind in KINDS.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,8 @@ StateDict = dict[str, Value]
 def read_tensor(file: GGUFFile, key: str, tensor: TensorInfo) -> Value:
     """One value: layer weights keep their bytes; vectors and bare parameters, which models use as floats, do not."""
     shape, data = file.logical_shape(tensor.name), file.data(tensor.name)
+    if key in BYTE_KEYS and tensor.qtype is GGMLQuantizationType.I8:
+        return data.reshape(shape)
     if tensor.qtype in PLAIN_DTYPES:
         return _plain_tensor(data, PLAIN_DTYPES[tensor.qtype]).reshape(shape)
     if tensor.qtype not in SUPPORTED_QTYPES:

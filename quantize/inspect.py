@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -193,7 +193,7 @@ def describe(file: GGUFFile, max_items: int | None = MAX_ITEMS) -> Description:
         version=file.version,
         alignment=alignment if isinstance(alignment, int) else DEFAULT_ALIGNMENT,
         arch=plain_text(arch) if isinstance(arch, str) else "",
-        title=_title({row.name: row.shape for row in tensors}),
+        title=_title({row.name: row.shape for row in tensors}, text_encoders.tags_of(file)),
         metadata=tuple(metadata_row(file, key, max_items) for key in file.metadata),
         tensors=tensors,
         qtypes=_histogram(tensors),
@@ -220,15 +220,19 @@ def plain_value(value: Any) -> Any:
     return [plain_value(item) for item in value] if isinstance(value, list) else value
 
 
-def _title(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What the tensors are, by the tables that loading goes by."""
-    if any(marker in shapes for marker in text_encoders.NATIVE_MARKERS):
-        return "text encoder with native names"
-    encoder = text_encoders.detect(shapes)
+def _title(shapes: Mapping[str, tuple[int, ...]], tags: Collection[str]) -> str:
+    """What the tensors are, by the tables that loading and converting go by."""
+    encoder = text_encoders.detect(shapes, tags)
     if encoder is not None:
         return encoder.title
+    if text_encoders.is_mmproj(shapes):
+        return "vision part (mmproj)"
     arch = archs.detect({key: shapes[name] for key, name in archs.strip_prefix(shapes).items()})
-    return arch.title if arch is not None else ""
+    if arch is not None:
+        return arch.title
+    found = text_encoders.find_native(shapes)
+    natives = [archs.detect_encoder({key: shapes[name] for key, name in match.keys.items()}) for match in found]
+    return " and ".join(native.title for native in natives if native is not None)
 
 
 def _histogram(tensors: Iterable[TensorRow]) -> tuple[QtypeRow, ...]:

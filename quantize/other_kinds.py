@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that hold tensors but no diffusion model that ComfyUI runs: what they are, told by their names, and what to do.
+"""Files that hold tensors but no model that is converted: what they are, told by their names, and what to do.
 
-The table decides nothing about a file that it does not know: that one is taken for a diffusion model. To have another
-kind refused, add a row; the key lists of real models in the tests must stay untouched by it.
+Text encoders that ComfyUI knows are found before this table is asked (encoder_sources). The table decides nothing about
+a file that it does not know: that one is taken for a diffusion model. To have another kind refused, add a row; the key
+lists of real models in the tests must stay untouched by it.
 Source: ComfyUI comfy/model_detection.py tells which models have diffusers-like names as their native ones (0.33).
 """
 
@@ -14,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UnsupportedArch
+from ..models.encoder_archs import DIFFUSION_PARTS
 
-ONLY_MODELS = "Only diffusion models are converted; ComfyUI loads this file as it is."
+ONLY_MODELS = "Only diffusion models and text encoders are converted; ComfyUI loads this file as it is."
 ORIGINAL_LAYOUT = "Take the file in the original layout, as ComfyUI loads it."
-ENCODER = "Only diffusion models are converted; llama.cpp makes GGUF files of text encoders."
+UNKNOWN_ENCODER = "Take the safetensors file of a text encoder that ComfyUI loads, with the names that it has there."
+LLAMA_CPP = "Quantize it with llama.cpp's llama-quantize, or start from the safetensors file."
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,16 @@ _VAE = (
     r"(first_stage_model\.|vae\.)?(encoder|decoder)\.(conv_?in\w*|conv_?out\w*|conv[12]|down|up|mid|down_blocks|up_blocks|"
     r"mid_block|middle|downsamples|upsamples|head|norm_out|conv_norm_out|project_\w+|stages?)\..*"
 )
-_MODEL_PARTS = r"(.*\.)?(x_embedder|t_embedder\d?|time_embed\w*|img_in|final_layer|vae2llm)\..*"
-
-KINDS: tuple[Kind, ...] = (
+LORAS: tuple[Kind, ...] = (
     Kind("a LoRA", ONLY_MODELS, (_LORA + r"|.*alpha",), share=0.5),
     Kind(
         "a model with a LoRA that is not merged into it",
         "Merge it first, or take the model and the LoRA as separate files.",
         (r".*\.base_layer\.weight", _LORA),
     ),
+)
+KINDS: tuple[Kind, ...] = (
+    *LORAS,
     Kind(
         "a ControlNet",
         ONLY_MODELS,
@@ -86,12 +90,9 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind("a VAE", ONLY_MODELS, (_VAE,), share=0.3),
     Kind(
-        "a T5 text encoder",
-        ENCODER,
-        (
-            r"(.*\.)?(en|de)coder\.block\.\d+\.layer\..*",
-            r"(.*\.)?encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight",
-        ),
+        "a part of a T5 text encoder",
+        UNKNOWN_ENCODER,
+        (r"(.*\.)?(en|de)coder\.block\.\d+\.layer\..*",),
         share=0.5,
     ),
     Kind(
@@ -99,28 +100,28 @@ KINDS: tuple[Kind, ...] = (
         ONLY_MODELS,
         (r"(.*\.)?(vision_model\.(encoder|embeddings)|visual\.transformer)\..*",),
         share=0.4,
-        absent=r"(.*\.)?(text_model\.encoder|token_embedding)\..*|" + _MODEL_PARTS,
+        absent=r"(.*\.)?(text_model\.encoder|token_embedding)\..*|" + DIFFUSION_PARTS,
     ),
     Kind(
-        "a CLIP text encoder",
-        ENCODER,
+        "a part of a CLIP text encoder",
+        UNKNOWN_ENCODER,
         (r"(.*\.)?(text_model\.(encoder|embeddings)|transformer\.resblocks)\..*",),
         share=0.3,
-        absent=_MODEL_PARTS,
+        absent=DIFFUSION_PARTS,
     ),
     Kind(
-        "a language model, used as text encoder",
-        ENCODER,
+        "a language model that ComfyUI has no text encoder for",
+        UNKNOWN_ENCODER,
         (
             r"(.*\.)?layers\.\d+\..*",
             r"(.*\.)?layers\.0\.self_attn\.(q_proj|qkv_proj)\.weight",
             r"(.*\.)?embed_tokens\.weight",
         ),
         share=0.5,
-        absent=_MODEL_PARTS,
+        absent=DIFFUSION_PARTS,
     ),
-    Kind("a text encoder or language model", ENCODER, (r"token_embd\.weight", r"(enc\.)?blk\.0\..*")),
-    Kind("a vision part of a language model (mmproj)", ENCODER, (r"v\.blk\.0\..*",)),
+    Kind("a text encoder in llama.cpp's names", LLAMA_CPP, (r"token_embd\.weight", r"(enc\.)?blk\.0\..*")),
+    Kind("a vision part of a language model (mmproj)", LLAMA_CPP, (r"v\.blk\.0\..*",)),
     Kind(
         "a textual inversion embedding",
         ONLY_MODELS,
@@ -179,13 +180,13 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def recognise(names: Sequence[str]) -> Kind | None:
+def recognise(names: Sequence[str], kinds: Sequence[Kind] = KINDS) -> Kind | None:
     """The kind that a file with these names is of, or None."""
-    return next((kind for kind in KINDS if kind.matches(names)), None)
+    return next((kind for kind in kinds if kind.matches(names)), None)
 
 
-def refuse(path: Path, names: Sequence[str]) -> None:
+def refuse(path: Path, names: Sequence[str], kinds: Sequence[Kind] = KINDS) -> None:
     """Raise UnsupportedArch when the names are those of a kind that is not converted."""
-    kind = recognise(names)
+    kind = recognise(names, kinds)
     if kind is not None:
         raise UnsupportedArch(f"it is {kind.title}", path=path, hint=kind.hint)

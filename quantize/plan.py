@@ -24,11 +24,12 @@ from gguf.constants import GGMLQuantizationType as QType
 from ..errors import GGUFError, name_list, plain_text
 from ..layouts import LAYOUTS, bpw, n_bytes
 from ..models import archs
-from .recipes import KEPT, PLAIN_TYPES, RECIPES, SMALL_BLOCK_TYPES
+from .recipes import ENCODER_RECIPES, KEPT, PLAIN_TYPES, RECIPES, SMALL_BLOCK_TYPES
 from .sources import Source, SourceTensor
 
 MAX_DIMS = 4  # of ggml; more are stored as rows
 SMALLEST_BLOCK = 32  # of all quantized types; rows that are no multiple of it are joined to rows of 256
+WHOLE_ROWS = KEPT | {archs.Category.TOKEN_EMBD}  # read row by row, or as they are
 SMALL = 1024  # weights; up to here a matrix costs more in quality than it saves
 
 # GGUF has signed integers only; a type that is wide enough takes the others.
@@ -192,8 +193,9 @@ def choose_arch(path: Path, shapes: archs.Shapes, name: str) -> tuple[archs.Arch
             path=path,
             hint="Say which with --arch.",
         )
-    if found:
-        return found[0], ()
+    known = found[0] if found else archs.detect_encoder(shapes)
+    if known:
+        return known, ()
     return archs.GENERIC, (
         "this model is not recognised; recipes keep the precision of its embedders, first and last layers and small "
         "tensors. --arch NAME names a known architecture.",
@@ -207,7 +209,7 @@ class _Planner:
         self.path = path
         self.arch = arch
         self.choices = choices
-        self.recipe = RECIPES.get(choices.type_name)
+        self.recipe = (ENCODER_RECIPES if arch.is_encoder else RECIPES).get(choices.type_name)
         self.plain = PLAIN_TYPES[choices.type_name][1] if choices.type_name in PLAIN_TYPES else None
         self.instead_of_bf16 = QType.F16 if self.recipe else QType.F32
 
@@ -224,7 +226,7 @@ class _Planner:
         """The shape in the file; it depends on the tensor alone, so that a 16-bit file can be quantized later."""
         shape = tensor.shape
         fits = tensor.name.endswith(".weight") and prod(shape) % QK_K == 0 and prod(shape) > SMALL
-        if fits and not role.f32 and role.category not in KEPT:
+        if fits and not role.f32 and role.category not in WHOLE_ROWS:
             is_kernel = self.arch.reshape_conv and len(shape) > 2
             if is_kernel or (len(shape) == 2 and shape[-1] % SMALLEST_BLOCK):
                 return (prod(shape) // QK_K, QK_K)

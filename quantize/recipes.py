@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: which qtype a tensor gets, from its role in the model and the place of its block. Nothing else decides it.
 
-Owns RECIPES, one row per file type. Knows no architecture: models/archs.py turns keys into roles, plan.py applies a
-recipe to them. A new recipe is a new row; its golden files are in tests/data/recipes.
+Owns RECIPES, one row per file type, and ENCODER_RECIPES, the same types as text encoders are mixed. Knows no
+architecture: models/archs.py turns keys into roles, plan.py applies a recipe to them. A new recipe is a new row; its
+golden files are in tests/data/recipes.
 
 In all of them embedders and final layers keep the precision of the source. Rules are read in order: the first
 that names the category and the place wins; what no rule names gets the base type.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from gguf.constants import GGMLQuantizationType as QType
@@ -134,6 +135,42 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "IQ2_S": _recipe("MOSTLY_IQ2_S", QType.IQ2_S, Rule(_VALUES, QType.IQ3_S), needs_imatrix=True),
         "IQ2_XS": _recipe("MOSTLY_IQ2_XS", QType.IQ2_XS, Rule(_VALUES, QType.IQ3_S), needs_imatrix=True),
     }
+)
+
+_TOKENS = frozenset({Category.TOKEN_EMBD})
+_ENCODER_VALUES = _VALUES | _QKV
+_ENCODER_HEAVY = _ENCODER_VALUES | _DOWN
+_ENCODER_OUT = _ENCODER_HEAVY | {Category.ATTN_OUTPUT}
+_Q5_DOWN_FIRST = Rule(_DOWN, QType.Q5_K, Place.FIRST)
+# What text encoders have instead of the rules of RECIPES, base type aside: the mixtures of llama.cpp, in whose types
+# people know them. Tables of tokens are rows that are read as they are, by every prompt: never below Q5_K.
+# Source: llama.cpp src/llama-quant.cpp llama_tensor_get_type, of models whose heads do not share values.
+_ENCODER_RULES: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
+    {
+        "Q5_K_M": (Rule(_ENCODER_HEAVY, QType.Q6_K, Place.MORE),),
+        "Q4_K_M": (Rule(_ENCODER_HEAVY, QType.Q6_K, Place.MORE),),
+        "Q4_K_S": (Rule(_ENCODER_VALUES, QType.Q5_K, Place.FIRST), _Q5_DOWN_FIRST),
+        "IQ4_NL": (_Q5_DOWN_FIRST,),
+        "IQ4_XS": (_Q5_DOWN_FIRST,),
+        "Q3_K_L": (Rule(_ENCODER_OUT, QType.Q5_K),),
+        "Q3_K_M": (Rule(_ENCODER_VALUES, QType.Q5_K, Place.FIRST), Rule(_ENCODER_OUT, QType.Q4_K)),
+        "IQ3_S": (Rule(_ENCODER_VALUES, QType.Q4_K),),
+        "IQ3_XXS": (Rule(_ENCODER_VALUES, QType.IQ3_S), Rule(frozenset({Category.ATTN_OUTPUT}), QType.IQ3_S)),
+        "Q2_K": (Rule(_ENCODER_OUT, QType.Q3_K),),
+        "IQ2_S": (Rule(_ENCODER_VALUES, QType.IQ3_S),),
+        "IQ2_XS": (Rule(_ENCODER_VALUES, QType.IQ3_S),),
+    }
+)
+
+
+def _encoder_recipe(name: str, recipe: Recipe) -> Recipe:
+    tokens = {QType.Q8_0: QType.Q8_0, QType.IQ3_XXS: QType.Q5_K, QType.IQ2_S: QType.Q5_K, QType.IQ2_XS: QType.Q5_K}
+    rule = Rule(_TOKENS, tokens.get(recipe.base, QType.Q6_K))
+    return replace(recipe, rules=(rule, *_ENCODER_RULES.get(name, ())))
+
+
+ENCODER_RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {name: _encoder_recipe(name, recipe) for name, recipe in RECIPES.items()}
 )
 
 # Types that are no mixture: every matrix gets them, embedders too.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion can start from, behind one lazy interface: the tensors of a diffusion model under its own names.
+"""What a conversion can start from, behind one lazy interface: the tensors of a model under its own names.
 
 Owns how the diffusion model is found in a file: leftovers of training, prefixes of whole checkpoints, and the order in
-which the other rooms of sources are asked: shards and containers (files), fp8 (scales), other_kinds (refusals) and
-diffusers_keys (native names). Opening reads headers and the few bytes that say how layers are stored, no weights.
+which the other rooms of sources are asked: shards and containers (files), encoder_sources (text encoders), fp8
+(scales), other_kinds (refusals) and diffusers_keys (native names). Opening reads headers and the few bytes that say how
+layers are stored, no weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from ..errors import BadFile, UnsupportedArch, UnsupportedQtype, name_list, plain_text
 from ..models import archs
-from . import diffusers_keys, fp8, other_kinds, shards
+from . import diffusers_keys, encoder_sources, fp8, other_kinds, shards
 from .containers import StoredTensor, Tensor, Tensors
 
 # Where checkpoints keep the diffusion model; the longest first, since each is tried on its own.
@@ -61,7 +62,7 @@ class SourceTensor:
 
 
 class Source:
-    """A diffusion model in some file or folder.
+    """A diffusion model or text encoder in some file or folder.
 
     The files stay mapped while the source or any tensor that is a view of them is alive; there is nothing to close.
 
@@ -95,11 +96,11 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open a file, an index of shards, or a folder with a diffusion model.
+    """Open a file, an index of shards, or a folder with a diffusion model or a text encoder.
 
     Raises:
         BadFile: it cannot be read, is damaged or incomplete, or is no model file.
-        UnsupportedArch: it is sound but holds something else than a diffusion model that ComfyUI runs.
+        UnsupportedArch: it is sound but holds something else than a model that ComfyUI runs.
         UnsupportedQtype: it is quantized already, in a format that would lose more by a second quantization.
     """
     path = Path(path)
@@ -107,10 +108,12 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if not contents.tensors:
         raise BadFile("it holds no tensors", path=path, hint="Download it again.")
     tensors, notes = _clean_names(path, fp8.add_layer_markers(contents, path))
-    tensors, taken_out = _take_model(path, tensors)
+    encoder = encoder_sources.take_encoder(path, tensors)
+    tensors, taken_out = encoder or _take_model(path, tensors)
     tensors, told = fp8.undo_fp8(path, tensors)
     notes += (*taken_out, *told)
-    other_kinds.refuse(path, list(tensors))
+    if encoder is None:
+        other_kinds.refuse(path, list(tensors))
     if diffusers_keys.is_flux(tensors):
         tensors = diffusers_keys.to_native(path, tensors)
         notes += ("Flux in diffusers layout: names changed to the native ones, q, k and v joined",)

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import model_keys
 import torch
-from model_configs import MODELS, Model, Rename
+from model_configs import ENCODERS, MODELS, Model, Rename
 
 
 def boot_host() -> None:
@@ -63,13 +65,42 @@ def check_keys(name: str, keys: Mapping[str, model_keys.Shape]) -> None:
         raise SystemExit(f"{name}: ComfyUI does not get its own keys from the published ones: {sorted(strangers)[:5]}")
 
 
-def write_keys(name: str) -> str:
-    """Write one file; returns a line about it."""
+def published_keys(name: str) -> dict[str, model_keys.Shape]:
+    """Keys and shapes of a diffusion model, as it is published."""
     model = MODELS[name]
     keys = build_keys(model)
     check_keys(name, keys)
-    keys = {_published(key, model.renames): shape for key, shape in keys.items()}
-    about = f"{model.title}: {len(keys)} tensors, {sum(map(math.prod, keys.values()))} weights"
+    return {_published(key, model.renames): shape for key, shape in keys.items()}
+
+
+def encoder_keys(name: str) -> dict[str, model_keys.Shape]:
+    """Keys and shapes of a text encoder.
+
+    Raises:
+        SystemExit: ComfyUI takes them for another one than was meant.
+    """
+    encoder = ENCODERS[name]
+    module, _, made = encoder.built_by.partition(":")
+    config = encoder.config
+    if isinstance(config, str):
+        config = json.loads((Path(os.environ["COMFYUI_PATH"]) / "comfy" / config).read_text(encoding="utf-8"))
+    host_class = getattr(importlib.import_module(f"comfy.{module}"), made)
+    operations = importlib.import_module("comfy.ops").manual_cast
+    with torch.device("meta"):
+        model = host_class(dict(config), torch.bfloat16, torch.device("meta"), operations)
+    keys = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    sd = importlib.import_module("comfy.sd")
+    found = sd.detect_te_model({key: torch.empty(shape, device="meta") for key, shape in keys.items()})
+    if found is not sd.TEModel[encoder.detected]:
+        raise SystemExit(f"{name}: ComfyUI takes it for {found}, meant is {encoder.detected}")
+    return keys | dict(encoder.extra)
+
+
+def write_keys(name: str) -> str:
+    """Write one file; returns a line about it."""
+    keys = encoder_keys(name) if name in ENCODERS else published_keys(name)
+    title = ENCODERS[name].title if name in ENCODERS else MODELS[name].title
+    about = f"{title}: {len(keys)} tensors, {sum(map(math.prod, keys.values()))} weights"
     lines = ["# SPDX-License-Identifier: Apache-2.0", f"# {about}", *model_keys.format_keys(keys.items())]
     model_keys.FOLDER.mkdir(parents=True, exist_ok=True)
     (model_keys.FOLDER / f"{name}.keys").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -81,10 +112,10 @@ def write_keys(name: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: write some lists, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(MODELS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join((*MODELS, *ENCODERS))}")
     names = parser.parse_args(argv).names
     boot_host()
-    for name in names or MODELS:
+    for name in names or (*MODELS, *ENCODERS):
         print(f"{name}: {write_keys(name)}")  # noqa: T201
     return 0
 

@@ -3,9 +3,9 @@
 
     python tests/make_schemas.py [NAME ...]
 
-The source is a stored key list (tests/data/models), all of it BF16. `[kept]` has what is the same in every recipe,
-vectors left out, which are all F32. Then `[RECIPE] base type`, and a line `type: names` for what gets another one.
-`{0..2,5}` in a name stands for numbers.
+The source is a stored key list (tests/data/models), all of its weights BF16. `[kept]` has what is the same in every
+recipe, vectors left out, which are all F32. Then `[RECIPE] base type`, and a line `type: names` for what gets another
+one. `{0..2,5}` in a name stands for numbers.
 """
 
 from __future__ import annotations
@@ -41,6 +41,15 @@ MODELS = {
     "z_image": "zimage",
     "qwen_image": "qwen-image",
     "generic": "other-krea2",
+    "t5": "te-t5xxl",
+    "umt5": "te-umt5xxl",
+    "clip_text": "te-clip-l",
+    "qwen2vl": "te-qwen25-7b",
+    "qwen3": "te-qwen3-4b",
+    "llama": "te-llama3-8b",
+    "mistral3": "te-mistral3-24b",
+    "gemma2": "te-gemma2-2b",
+    "gemma3": "te-gemma3-12b",
 }
 
 
@@ -52,7 +61,8 @@ def make_schema(name: str) -> str:
     from gguf_kit.quantize.sources import Source
 
     keys = model_keys.read_keys(MODELS[name])
-    stored = {key: StoredTensor(torch.bfloat16, shape, torch.Tensor) for key, shape in keys.items()}
+    dtypes = {key: torch.int8 if key.endswith("_model") else torch.bfloat16 for key in keys}  # tokenizers
+    stored = {key: StoredTensor(dtypes[key], shape, torch.Tensor) for key, shape in keys.items()}
     source = Source(Path(name), "key list", stored, {}, ())
     plans = {recipe: make_plan(source, Choices(recipe, has_imatrix=True)) for recipe in RECIPES}
     types = {recipe: {t.name: t.qtype.name for t in plan.tensors if len(t.shape) > 1} for recipe, plan in plans.items()}

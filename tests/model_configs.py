@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published diffusion models and the arguments that build them from ComfyUI's classes. make_keys.py uses this table."""
+"""Published models and the arguments that build them from ComfyUI's classes. make_keys.py uses these tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # A published name and the one that ComfyUI gives it when it loads the file.
@@ -392,4 +392,63 @@ MODELS: dict[str, Model] = {
     "other-krea2": Model("Krea 2", "Krea2", "krea2.model:SingleStreamDiT", {}),
     "other-kandinsky5": Model("Kandinsky 5 lite video", "Kandinsky5", "kandinsky5.model:Kandinsky5", {}),
     "other-ideogram4": Model("Ideogram 4", "Ideogram4", "ideogram4.model:Ideogram4Transformer2DModel", {}),
+}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A published text encoder.
+
+    Attributes:
+        title: what it is called.
+        detected: the name of ComfyUI's TEModel for it.
+        built_by: module and class below comfy, as `text_encoders.t5:T5`.
+        config: its configuration, or the path below comfy of the JSON file that has it.
+        extra: tensors that published files have beside the class's own, with their shapes.
+    """
+
+    title: str
+    detected: str
+    built_by: str
+    config: Mapping[str, Any] | str
+    extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+_T5 = "text_encoders.t5:T5"
+_CLIP = "clip_model:CLIPTextModel"
+
+# What files that ComfyUI's examples link to hold; sizes of tokenizers are rounded.
+ENCODERS: Mapping[str, Encoder] = {
+    "te-t5xxl": Encoder(
+        "T5 v1.1 XXL",
+        "T5_XXL",
+        _T5,
+        "text_encoders/t5_config_xxl.json",
+        {"encoder.embed_tokens.weight": (32128, 4096)},
+    ),
+    "te-umt5xxl": Encoder(
+        "UMT5-XXL", "T5_XXL", _T5, "text_encoders/umt5_config_xxl.json", {"spiece_model": (4_548_313,)}
+    ),
+    "te-clip-l": Encoder(
+        "CLIP-L", "CLIP_L", _CLIP, "sd1_clip_config.json", {"text_model.embeddings.position_ids": (1, 77)}
+    ),
+    "te-clip-g": Encoder("CLIP-G", "CLIP_G", _CLIP, "clip_config_bigg.json", {"logit_scale": ()}),
+    "te-qwen25-7b": Encoder(
+        "Qwen2.5-VL 7B", "QWEN25_7B", "text_encoders.llama:Qwen25_7BVLI", {}, {"lm_head.weight": (152064, 3584)}
+    ),
+    "te-qwen3-4b": Encoder("Qwen3 4B", "QWEN3_4B", "text_encoders.llama:Qwen3_4B", {}),
+    "te-llama3-8b": Encoder("Llama 3.1 8B", "LLAMA3_8", "text_encoders.llama:Llama2", {}),
+    "te-gemma2-2b": Encoder(
+        "Gemma 2 2B", "GEMMA_2_2B", "text_encoders.llama:Gemma2_2B", {}, {"spiece_model": (4_241_003,)}
+    ),
+    "te-gemma3-12b": Encoder(
+        "Gemma 3 12B", "GEMMA_3_12B", "text_encoders.llama:Gemma3_12B", {}, {"spiece_model": (4_689_074,)}
+    ),
+    "te-mistral3-24b": Encoder(
+        "Mistral Small 3.2 24B, the layers that Flux.2 uses",
+        "MISTRAL3_24B_PRUNED_FLUX2",
+        "text_encoders.llama:Mistral3Small24B",
+        {"num_hidden_layers": 30},
+        {"tekken_model": (19_399_895,)},
+    ),
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key lists of real diffusion models, and the compact text that tests/data/models/NAME.keys keeps them in.
+"""Key lists of real models, and the compact text that tests/data/models/NAME.keys keeps them in.
 
 A line is a key and its shape in torch order, `img_in.weight 3072 64`; a scalar has no numbers. `{0..18}` in a key
 stands for each number of the range. Lines in a row that are equal up to a range are repeated together, number by
@@ -18,14 +18,20 @@ from pathlib import Path
 Shape = tuple[int, ...]
 
 FOLDER = Path(__file__).resolve().parent / "data" / "models"
+ENCODER = "te-"  # names of text encoders start so
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 # "block" as in blocks.block0.blocks.1, one model's way to number.
 NUMBER = re.compile(r"(?:(?<=\.)|(?<=\.block))\d+(?=\.)")
 
 
 def list_names() -> list[str]:
-    """Names of the models that are stored."""
-    return sorted(path.stem for path in FOLDER.glob("*.keys"))
+    """Names of the diffusion models that are stored."""
+    return sorted(path.stem for path in FOLDER.glob("*.keys") if not path.stem.startswith(ENCODER))
+
+
+def list_encoders() -> list[str]:
+    """Names of the text encoders that are stored."""
+    return sorted(path.stem for path in FOLDER.glob(f"{ENCODER}*.keys"))
 
 
 def read_keys(name: str) -> dict[str, Shape]:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a GGUF file of a diffusion model: read any source, choose a type for each tensor, quantize, write.
+"""Make a GGUF file of a diffusion model or text encoder: read any source, choose a type per tensor, quantize, write.
 
     python tools/convert.py --src flux1-dev.safetensors --type Q4_K_S
     python tools/convert.py --src flux1-dev.safetensors                     its own precision, in GGUF
     python tools/convert.py --src folder-of-shards --type Q5_K_M --dry-run  what would be written, and how large
     python tools/convert.py --src model.ckpt --type Q4_K_M --tensor-type 'to_v=Q6_K' --tensor-type '^proj_out=F16'
+    python tools/convert.py --src t5xxl_fp16.safetensors --type Q8_0        a text encoder, for CLIPLoader (GGUF)
 
 Sources: .safetensors (one file, shards with an index, a diffusers folder), .ckpt .pt .pth .bin, whole checkpoints (the
-diffusion model is taken out), fp8 plain and scaled, and GGUF in 16 or 32 bit. Tensors are read one after another.
+diffusion model is taken out), text encoders under the names that ComfyUI or their makers give them, fp8 plain and
+scaled, and GGUF in 16 or 32 bit. Tensors are read one after another.
 Exit codes: 0 done, 2 the request or its input cannot be used; one line on stderr says why.
 """
 
@@ -47,7 +49,7 @@ from gguf_kit.tools._output import one_line, write_out
 from gguf_kit.tools.llama_cpp import build
 
 DEVICE_THREADS = 2  # one prepares rows while the other's are on the device
-ARCH_NAMES = tuple(dict.fromkeys(arch.name for arch in (*archs.ARCHS, archs.GENERIC)))
+ARCH_NAMES = tuple(dict.fromkeys(arch.name for arch in (*archs.ARCHS, *archs.ENCODERS, archs.GENERIC)))
 # Ends of the program that can be caught: Ctrl-C, kill, a closed terminal (SIGHUP, on Windows SIGBREAK).
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 PRECISION_ENDINGS = tuple(f"-{name}" for name in PLAIN_TYPES)

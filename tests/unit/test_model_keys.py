@@ -5,7 +5,7 @@ import model_keys
 import pytest
 
 
-@pytest.mark.parametrize("name", model_keys.list_names())
+@pytest.mark.parametrize("name", [*model_keys.list_names(), *model_keys.list_encoders()])
 def test_a_key_list_is_as_short_as_it_can_be_written(name):
     path = model_keys.FOLDER / f"{name}.keys"
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]

@@ -30,8 +30,12 @@ def test_a_golden_file_has_all_recipes_in_their_order(name):
     assert re.findall(r"^\[(.+)\]", read_schema(name), re.MULTILINE) == ["kept", *RECIPES]
 
 
+# Text encoders whose tensors do the same as those of one that has a golden file.
+ALIKE = {"qwen3vl", "qwen35", "gemma4", "gpt-oss", "jina_clip", "t5gemma"}
+
+
 def test_every_architecture_has_a_golden_file():
-    names = {arch.name for arch in (*archs.ARCHS, archs.GENERIC) if not arch.reject}
+    names = {arch.name for arch in (*archs.ARCHS, *archs.ENCODERS, archs.GENERIC) if not arch.reject} - ALIKE
     assert set(make_schemas.MODELS) == names
     assert {path.stem for path in make_schemas.FOLDER.glob("*.schema")} == names
 

@@ -109,11 +109,11 @@ NAMES = (
     ("only the text encoders", "cond_stage_model.transformer.x conditioner.embedders.0.y"),
     ("only the VAE and text encoders", "conditioner.embedders.0.y audio_vae.z"),
     ("an upscale model", "model.0.weight model.1.sub.0.RDB1.conv1.0.weight model.1.sub.0.RDB1.conv2.0.weight"),
+    ("a part of a T5", "decoder.block.0.layer.0.SelfAttention.q.weight decoder.block.0.layer.0.layer_norm.weight x"),
     (
-        "a T5",
-        "shared.weight encoder.block.0.layer.0.SelfAttention.q.weight encoder.block.0.layer.0.layer_norm.weight",
+        "a part of a CLIP text",
+        "text_model.encoder.layers.0.mlp.fc1.weight text_model.encoder.layers.0.mlp.fc2.weight x",
     ),
-    ("a CLIP text", "text_model.encoder.layers.0.mlp.fc1.weight text_model.embeddings.token_embedding.weight x"),
     ("a CLIP vision", "vision_model.encoder.layers.0.mlp.fc1.weight vision_model.embeddings.patch_embedding.weight"),
     (
         "a language model",
