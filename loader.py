@@ -15,13 +15,18 @@ from collections.abc import Mapping
 
 from .errors import UnsupportedArch, name_list, plain_text
 from .gguf_file import GGUFFile
-from .models import archs, text_encoders
+from .models import archs, text_encoders, vision_search
+from .models import vision as vision_part
 from .models.restore import add_tokenizer, restore
 from .models.text_encoder_entry import TextEncoder
 from .models.text_encoder_table import FULL_T5, TEXT_ENCODERS
 from .models.values import StateDict, read_tensor
 
 log = logging.getLogger("gguf_kit")
+
+# In place of the file of a vision part.
+AUTO = "auto"
+NONE = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,8 @@ class LoadInfo:
         n_weights: number of weights, n_bytes: their bytes in the file.
         qtypes: number of tensors of each qtype.
         metadata: what was carried along from the model's safetensors file.
+        family: title of the text encoder's entry if it has llama.cpp's names, else "".
+        vision: the file of its vision part, "" without one.
     """
 
     path: str
@@ -44,6 +51,8 @@ class LoadInfo:
     n_bytes: int
     qtypes: Mapping[str, int]
     metadata: Mapping[str, str]
+    family: str = ""
+    vision: str = ""
 
     def summary(self) -> str:
         """One line for the log: file, model, tensors, types, bits per weight."""
@@ -70,11 +79,11 @@ def load_diffusion_model(path: str | os.PathLike[str]) -> tuple[StateDict, LoadI
     arch = archs.detect(shapes)
     if "token_embd.weight" in file.tensors or (arch is None and text_encoders.find_native(file.tensors)):
         raise UnsupportedArch(
-            f"it is a text encoder (general.architecture '{plain_text(file.arch)}'), not a diffusion model",
+            f"it is a text encoder{_tagged(file)}, not a diffusion model",
             path=path,
             hint='Load it with "CLIPLoader (GGUF)".',
         )
-    if file.arch == "clip" and text_encoders.is_mmproj(file.tensors):
+    if file.arch == "clip" and vision_part.is_vision_part(file):
         raise _vision_alone(file)
     if arch is not None and arch.reject:
         raise UnsupportedArch(
@@ -83,8 +92,13 @@ def load_diffusion_model(path: str | os.PathLike[str]) -> tuple[StateDict, LoadI
     return _read(file, names, arch.title if arch else "unrecognised model")
 
 
-def load_text_encoder(path: str | os.PathLike[str]) -> tuple[StateDict, LoadInfo]:
+def load_text_encoder(
+    path: str | os.PathLike[str], vision: str | os.PathLike[str] = AUTO
+) -> tuple[StateDict, LoadInfo]:
     """Read a text encoder, tensors renamed to ComfyUI's keys and its weights as ComfyUI's class has them.
+
+    Args:
+        vision: file of its vision part (mmproj); AUTO: the one in its folder that fits, if any; NONE: text only.
 
     Returns:
         the state dict, with the tokenizer's file as uint8 (n_bytes,) where ComfyUI looks for it there, and what it is.
@@ -93,18 +107,34 @@ def load_text_encoder(path: str | os.PathLike[str]) -> tuple[StateDict, LoadInfo
         GGUFError: the file is damaged, or holds no text encoder that is known here.
     """
     file = GGUFFile(path)
-    encoder = text_encoders.detect(file.tensors, _tags(file))
-    if encoder is not None:
-        names = _renamed(file, encoder)
-        state = _values(file, names)
-        restore(file, encoder, names, state)
-    else:
-        names = _native_names(file)
-        state = _values(file, names)
-        encoder = text_encoders.family_of(state, _tags(file))
-    if encoder is not None:
-        add_tokenizer(file, encoder, state)
-    return state, _describe(file, names, encoder.title if encoder else "CLIP or another text encoder")
+    encoder = text_encoders.detect(file.tensors, text_encoders.tags_of(file))
+    if encoder is None:
+        return _load_native(file)
+    names = _renamed(file, encoder)
+    state = _values(file, names)
+    restore(file, encoder, names, state)
+    add_tokenizer(file, encoder.title, encoder.tokenizer, state)
+    part = _vision_path(file, encoder, vision)
+    state |= vision_part.read(part, file, encoder) if part else vision_part.placeholder(file, encoder)
+    info = _describe(file, names, encoder.title)
+    return state, dataclasses.replace(info, family=encoder.title, vision=os.fspath(part or ""))
+
+
+def _load_native(file: GGUFFile) -> tuple[StateDict, LoadInfo]:
+    """A text encoder whose tensors have their original names."""
+    names = _native_names(file)
+    state = _values(file, names)
+    arch = archs.detect_encoder({key: file.logical_shape(name) for key, name in names.items()})
+    if arch is not None:
+        add_tokenizer(file, arch.title, arch.tokenizer, state)
+    return state, _describe(file, names, arch.title if arch else "text encoder with native names")
+
+
+def _vision_path(file: GGUFFile, encoder: TextEncoder, vision: str | os.PathLike[str]) -> str | os.PathLike[str] | None:
+    """The vision part to read with an encoder; a file that was named is for the encoder that takes one."""
+    if vision == AUTO:
+        return vision_search.find(file, encoder)
+    return vision if vision != NONE and encoder.vision else None
 
 
 def _renamed(file: GGUFFile, encoder: TextEncoder) -> dict[str, str]:
@@ -120,12 +150,6 @@ def _renamed(file: GGUFFile, encoder: TextEncoder) -> dict[str, str]:
             hint="Take the encoder from another source, or its safetensors file.",
         )
     return {key: name for name, key in mapped.items()}
-
-
-def _tags(file: GGUFFile) -> tuple[str, ...]:
-    """What the file says of itself, as far as it decides between encoders that look alike."""
-    values = (file.metadata.get(key) for key in ("general.architecture", "tokenizer.ggml.pre"))
-    return tuple(value for value in values if isinstance(value, str))
 
 
 def _native_names(file: GGUFFile) -> dict[str, str]:
@@ -159,11 +183,11 @@ def _no_text_encoder(file: GGUFFile) -> UnsupportedArch:
             path=file.path,
             hint='Load it with "Unet Loader (GGUF)".',
         )
-    if text_encoders.is_mmproj(file.tensors):
+    if vision_part.is_vision_part(file):
         return _vision_alone(file)
     known = ", ".join(encoder.title for encoder in TEXT_ENCODERS)
     return UnsupportedArch(
-        f"it is no text encoder that can be loaded from GGUF here (general.architecture '{plain_text(file.arch)}')",
+        f"it is no text encoder that can be loaded from GGUF here{_tagged(file)}",
         path=file.path,
         hint=f"Take the safetensors file of this encoder; with llama.cpp's names this version loads: {known}.",
     )
@@ -176,6 +200,10 @@ def _read(file: GGUFFile, names: Mapping[str, str], title: str) -> tuple[StateDi
 
 def _values(file: GGUFFile, names: Mapping[str, str]) -> StateDict:
     return {key: read_tensor(file, key, file.tensors[name]) for key, name in names.items()}
+
+
+def _tagged(file: GGUFFile) -> str:
+    return f" (general.architecture '{plain_text(file.arch)}')" if file.arch else ""
 
 
 def _vision_alone(file: GGUFFile) -> UnsupportedArch:

@@ -10,20 +10,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import comfy.model_management
-import comfy.sd
-import comfy.utils
 import folder_paths
 import torch
 
-from nodes import CLIPLoader, DualCLIPLoader
-
-from .errors import GGUFError, UnsupportedArch, name_list
-from .host.compat import accepted, host_version, wrap
-from .host.patcher import adopt
-from .loader import load_diffusion_model, load_text_encoder
-from .models.values import QuantizedBytes, StateDict
-from .ops import OpsOptions, make_ops
+from .loader import AUTO
+from .ops import OpsOptions
+from .service import FIXED_TYPES, VISION_CHOICES, clip_types, load_clip, load_model
 
 # Our folder key -> the host's keys whose folders it looks in.
 FOLDER_KEYS = {"unet_gguf": ("diffusion_models",), "clip_gguf": ("text_encoders",)}
@@ -53,80 +45,6 @@ def file_state(path: str | None) -> str:
         return ""
     stat = os.stat(path)
     return f"{stat.st_size}-{stat.st_mtime_ns}"
-
-
-def to_host(state: StateDict) -> dict[str, torch.Tensor]:
-    """A state dict of the loader in the host's representation; no weight is copied."""
-    return {
-        key: wrap(value.data, value.qtype, value.shape) if isinstance(value, QuantizedBytes) else value
-        for key, value in state.items()
-    }
-
-
-# -- MODEL --
-
-
-def load_model(path: str, options: OpsOptions, disable_dynamic: bool = False) -> Any:
-    """A GGUF diffusion model as the host's patcher.
-
-    Args:
-        disable_dynamic: ask for a patcher without dynamic VRAM, on hosts that have it.
-
-    Raises:
-        GGUFError: with one sentence for the user.
-    """
-    state, info = load_diffusion_model(path)
-    load = comfy.sd.load_diffusion_model_state_dict
-    try:
-        patcher = load(
-            to_host(state),
-            model_options={"custom_operations": make_ops(options)},
-            **accepted(load, disable_dynamic=disable_dynamic, metadata=dict(info.metadata)),
-        )
-    except comfy.model_management.OOM_EXCEPTION:
-        raise
-    except HOST_ERRORS as error:
-        raise cannot_build(path, error) from error
-    if patcher is None:
-        raise UnsupportedArch(
-            f"ComfyUI {host_version()} does not recognise this model (general.architecture '{info.arch}')",
-            path=path,
-            hint="This ComfyUI may be too old for it: update ComfyUI, or check that the file is a diffusion model.",
-        )
-    missing = missing_parameters(patcher.model)
-    if missing:
-        raise incomplete(path, missing)
-    adopt(patcher, (load_model, (path, options)))
-    return patcher
-
-
-# What a host's detection and model building raise when keys or shapes are not what they expect.
-HOST_ERRORS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
-
-
-def missing_parameters(model: torch.nn.Module) -> list[str]:
-    """State-dict keys that our layers needed and the file did not have."""
-    return sorted(f"{name}.{p}" for name, module in model.named_modules() for p in getattr(module, "missing", ()))
-
-
-def incomplete(path: str, missing: list[str]) -> UnsupportedArch:
-    """The refusal of a file without tensors that its model needs."""
-    return UnsupportedArch(
-        f"{len(missing)} tensors that ComfyUI needs are missing: {name_list(missing)}",
-        path=path,
-        hint="The file is incomplete or was converted for another program; take another one.",
-    )
-
-
-def cannot_build(path: str, error: Exception) -> UnsupportedArch:
-    """A host's failure to fill its model, as one sentence with the first few of its reasons."""
-    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
-    reasons = lines[1:] or [f"{type(error).__name__} {' '.join(lines)}".strip()]
-    return UnsupportedArch(
-        f"ComfyUI {host_version()} cannot build a model from these tensors: {name_list(reasons)}",
-        path=path,
-        hint="This ComfyUI may be too old for it, or the file was converted for another program.",
-    )
 
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -213,74 +131,29 @@ def _file_input(names: list[str], folders: str) -> tuple[list[str], dict[str, An
 
 # -- CLIP --
 
-
-def load_clip(paths: tuple[str, ...], clip_type: Any, device: str = "default", disable_dynamic: bool = False) -> Any:
-    """Text encoders from GGUF and safetensors files, in the order of the node's inputs, as the host's CLIP.
-
-    Args:
-        clip_type: comfy.sd.CLIPType.
-        device: "default" or "cpu".
-
-    Raises:
-        GGUFError: with one sentence for the user.
-    """
-    options: dict[str, Any] = {"custom_operations": make_ops()}
-    if device == "cpu":
-        options["load_device"] = options["offload_device"] = torch.device("cpu")
-    blamed = next((path for path in paths if path.lower().endswith(".gguf")), paths[0])
-    load = comfy.sd.load_text_encoder_state_dicts
-    try:
-        clip = load(
-            [_text_encoder_state(path) for path in paths],
-            clip_type=clip_type,
-            model_options=options,
-            embedding_directory=folder_paths.get_folder_paths("embeddings"),
-            **accepted(load, disable_dynamic=disable_dynamic),
-        )
-    except comfy.model_management.OOM_EXCEPTION:
-        raise
-    except HOST_ERRORS as error:
-        raise cannot_build(blamed, error) from error
-    missing = [key for key in missing_parameters(clip.cond_stage_model) if "encoder.block." in key or ".shared." in key]
-    if missing:
-        raise incomplete(blamed, missing)
-    adopt(clip.patcher, (_reload_clip, (paths, clip_type, device)))
-    return clip
-
-
-def _reload_clip(*args: Any, disable_dynamic: bool = False) -> Any:
-    return load_clip(*args, disable_dynamic=disable_dynamic).patcher
-
-
-def _text_encoder_state(path: str) -> dict[str, torch.Tensor]:
-    if path.lower().endswith(".gguf"):
-        return to_host(load_text_encoder(path)[0])
-    state = comfy.utils.load_torch_file(path, safe_load=True)
-    if any(key.endswith((".scale_weight", ".weight_scale", ".comfy_quant")) for key in state):
-        raise GGUFError(
-            "it is quantized with scales (fp8 scaled or similar), which cannot be mixed with a GGUF encoder yet",
-            path=path,
-            hint="Take its fp16 or plain fp8 file, or load all encoders without GGUF.",
-        )
-    return state
+VISION_TOOLTIP = (
+    "The vision part (mmproj) of a text encoder that sees pictures. "
+    "auto: the one in its folder that fits. none: text only."
+)
 
 
 class CLIPLoaderGGUF:
     """Loads one text encoder, GGUF or safetensors; the siblings below load two to four."""
 
     N_FILES = 1
-    HOST_LOADER: Any = CLIPLoader  # whose list of types is offered; None: the type is fixed
-    FIXED_TYPE = ""
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        names = sorted({*folder_paths.get_filename_list("text_encoders"), *list_files("clip_gguf")})
+        gguf_names = list_files("clip_gguf")
+        names = sorted({*folder_paths.get_filename_list("text_encoders"), *gguf_names})
         inputs = {name: _file_input(names, "models/text_encoders or models/clip") for name in cls._file_inputs()}
-        if cls.HOST_LOADER is not None:
-            types = cls.HOST_LOADER.INPUT_TYPES()["required"]["type"][0]
-            inputs["type"] = (types, {"tooltip": "The kind of model the encoder is for."})
-        device = (["default", "cpu"], {"advanced": True, "tooltip": "Where the text encoder runs."})
-        return {"required": inputs, "optional": {"device": device}}
+        optional = {"device": (["default", "cpu"], {"advanced": True, "tooltip": "Where the text encoder runs."})}
+        if cls.N_FILES not in FIXED_TYPES:
+            tooltip = "The kind of model the encoder is for. auto: what the files serve, if they serve one kind only."
+            inputs["type"] = ([*clip_types(cls.N_FILES), AUTO], {"tooltip": tooltip})
+            choices = [*VISION_CHOICES, *gguf_names]
+            optional["vision_name"] = (choices, {"default": choices[0], "advanced": True, "tooltip": VISION_TOOLTIP})
+        return {"required": inputs, "optional": optional}
 
     @classmethod
     def _file_inputs(cls) -> list[str]:
@@ -294,24 +167,32 @@ class CLIPLoaderGGUF:
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> str:  # noqa: N802
         names = [inputs.get(name) for name in cls._file_inputs()]
-        return " ".join(file_state(_encoder_path(name) if name else None) for name in names)
+        paths = [_encoder_path(name) if name else None for name in names]
+        return " ".join([*map(file_state, paths), *_vision_states(inputs.get("vision_name", AUTO), paths)])
 
-    def load_clip(self, *values: str, type: str = "", device: str = "default", **names: str) -> tuple[Any]:
+    def load_clip(
+        self, *values: str, type: str = "", device: str = "default", vision_name: str = AUTO, **names: str
+    ) -> tuple[Any]:
         """Inputs by name, as ComfyUI gives them, or in the order of the node, as packs that wrap it may."""
+        given = {"type": type, "device": device, "vision_name": vision_name, **names}
         if values:
-            named = dict(zip([*self._file_inputs(), "type", "device"], values, strict=False))
-            return self.load_clip(**{"type": type, "device": device, **names, **named})
-        # A type without a member of its own (sdxl) is told by its encoders, as in the host's loaders.
-        clip_type = getattr(comfy.sd.CLIPType, (type or self.FIXED_TYPE).upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
-        paths = []
-        for name in (names[key] for key in self._file_inputs()):
-            path = _encoder_path(name)
-            if path is None:
-                raise FileNotFoundError(
-                    f"{name}: no such file in the text_encoders folders. Refresh the page and choose another."
-                )
-            paths.append(path)
-        return (load_clip(tuple(paths), clip_type, device),)
+            order = [*self._file_inputs(), *given]
+            return self.load_clip(**{**given, **dict(zip(order, values, strict=False))})
+        paths = tuple(_existing_path(names[key]) for key in self._file_inputs())
+        vision = vision_name if vision_name in VISION_CHOICES else _existing_path(vision_name)
+        type = type or FIXED_TYPES.get(self.N_FILES, clip_types(self.N_FILES))[0]
+        return (load_clip(paths, type, device, vision),)
+
+
+def _vision_states(choice: str, paths: list[str | None]) -> list[str]:
+    """States of the vision part that was chosen, or of those that may be found beside the encoders."""
+    if choice not in VISION_CHOICES:
+        return [file_state(_encoder_path(choice))]
+    folders = sorted({os.path.dirname(path) for path in paths if path}) if choice == AUTO else []
+    names = [
+        os.path.join(folder, name) for folder in folders for name in os.listdir(folder) if "mmproj" in name.lower()
+    ]
+    return [file_state(name) for name in sorted(names)]
 
 
 def _encoder_path(name: str) -> str | None:
@@ -319,27 +200,31 @@ def _encoder_path(name: str) -> str | None:
     return folder_paths.get_full_path("clip_gguf" if name.lower().endswith(".gguf") else "text_encoders", name)
 
 
+def _existing_path(name: str) -> str:
+    path = _encoder_path(name)
+    if path is None:
+        raise FileNotFoundError(
+            f"{name}: no such file in the text_encoders folders. Refresh the page and choose another."
+        )
+    return path
+
+
 class DualCLIPLoaderGGUF(CLIPLoaderGGUF):
     """Two text encoders, as Flux and SDXL need them."""
 
     N_FILES = 2
-    HOST_LOADER = DualCLIPLoader
 
 
 class TripleCLIPLoaderGGUF(CLIPLoaderGGUF):
     """Three text encoders, as SD3 needs them."""
 
     N_FILES = 3
-    HOST_LOADER = None
-    FIXED_TYPE = "sd3"
 
 
 class QuadrupleCLIPLoaderGGUF(CLIPLoaderGGUF):
     """Four text encoders, as HiDream needs them."""
 
     N_FILES = 4
-    HOST_LOADER = None
-    FIXED_TYPE = "hidream"
 
 
 NODES = (

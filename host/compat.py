@@ -4,7 +4,8 @@
 Two representations of a weight, one surface. Where the host's comfy.quant_ops uses comfy_kitchen, a weight is a plain
 comfy_kitchen QuantizedTensor with GGUFLayout, so that the host can page, pin and copy its bytes; on older hosts it is
 GGUFTensor below. Both show the logical shape and a float dtype, and hold the bytes in `_qdata`, uint8 (n_rows,
-row_bytes). Features are detected, versions are never compared. To support a new host, change this file only.
+row_bytes). Features are detected, versions are never compared. To support a new host, change this file; for layers
+that the host itself quantized, native.py; nothing else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ HostTensor = getattr(comfy.quant_ops, "QuantizedTensor", torch.Tensor)
 # Asked of the host's class, not of the package: an older host may stand beside an installed comfy_kitchen.
 HAS_KITCHEN = HostTensor.__module__.startswith("comfy_kitchen.")
 LAYOUT_NAME = "GGUFLayout"
+# Of a dequantized weight at a time where a large one is multiplied; larger than any layer but those of vocabularies.
+SLICE_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,24 @@ def _cat_op(first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.
     return _build(torch.cat([t._qdata for t in tensors]), params)
 
 
+def _linear_op(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    x, weight, bias = (*args, None)[:3]
+    if not is_quantized(weight) or is_quantized(x) or weight.dim() != 2:
+        x, weight = (t.dequantize() if is_quantized(t) else t for t in (x, weight))
+        return torch.nn.functional.linear(x, weight, bias)
+    return multiply(x, weight, bias, weight.dtype)
+
+
+def _to_device_op(weight: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    _, device, dtype, non_blocking, copy = (*args, False, False)[:5]
+    named = {"non_blocking": non_blocking, "copy": copy} | {k: v for k, v in kwargs.items() if k != "memory_format"}
+    return _build(weight._qdata.to(device, **named), dataclasses.replace(weight._params, orig_dtype=dtype))
+
+
 _ROW_OPS: dict[Any, Callable[..., Any]] = {
+    # Text generation multiplies with the embedding table: weight.to(x), then linear. Only inference mode gets here.
+    torch.ops.aten.to.device: _to_device_op,
+    torch.ops.aten.linear.default: _linear_op,
     torch.ops.aten.slice.Tensor: _slice_op,
     # Inference mode does not take these apart into slices.
     torch.ops.aten.narrow.default: _narrow_op,
@@ -319,6 +339,26 @@ def with_dtype(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 def dequantize_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A quantized weight as a fresh float tensor of its logical shape, rounded once to `dtype`."""
     return _dequantize(weight._qdata, weight._params, dtype)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """x (..., in) times a quantized weight (out, in), dequantized in `dtype` and no more of it at a time than needed.
+
+    A vocabulary's matrix is the largest weight of a model by far, and as a float tensor it would be gigabytes.
+    """
+    n_out, n_in = weight.shape
+    by_index = indexed_bytes(weight)
+    n_rows = max(1, SLICE_BYTES // (n_in * dtype.itemsize))
+    if by_index is None or n_rows >= n_out:
+        return torch.nn.functional.linear(x, dequantize_weight(weight, dtype).to(x.dtype), bias)
+    y = x.new_empty((*x.shape[:-1], n_out))
+    for start in range(0, n_out, n_rows):
+        part = slice(start, min(start + n_rows, n_out))
+        rows = _slice_rows(weight, part.start, part.stop)
+        y[..., part] = torch.nn.functional.linear(
+            x, dequantize_weight(rows, dtype).to(x.dtype), None if bias is None else bias[part]
+        )
+    return y
 
 
 class _CastView:

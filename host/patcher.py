@@ -20,6 +20,7 @@ from comfy.patcher_extension import CallbacksMP
 
 from .compat import accepted, is_quantized, quantized_modules
 from .lora import PatchRef
+from .native import mark_scaled_fp8
 
 _CALLBACK_KEY = "gguf_kit"
 
@@ -123,6 +124,7 @@ def adopt(patcher: Any, reload: tuple[Callable[..., Any], tuple[Any, ...]]) -> N
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _CALLBACK_KEY, _drop_factors)
     _reserve_memory(patcher.model)
     _save_lazily(patcher.model)
+    mark_scaled_fp8(patcher.model)
 
 
 def _convert(patcher: Any) -> None:

@@ -7,14 +7,17 @@ declare_dtype() shows it the dtype that it would choose itself, restore_floats()
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.sd
 import comfy.sd1_clip
 import comfy.utils
 import torch
+
+from ..models.vision_table import MODULES
 
 StateDict = dict[str, Any]
 
@@ -25,11 +28,10 @@ DTYPE_KEYS = (
     "model.language_model.norm.weight",
     "model.layers.0.input_layernorm.weight",
 )
-# Parts that encoders run without, and parameters that hosts fill in themselves.
-OPTIONAL = re.compile(
-    r"visual\.|model\.visual\.|vision_model\.|multi_modal_projector\.|audio_\w+\.|(model\.)?(vision|audio|embed_vision|embed_audio)"
-    r"|(.*\.)?(logit_scale|text_projection\.weight|lm_head\.weight|position_ids)$"
-)
+# Parameters that hosts fill in themselves, or that nothing but text generation needs.
+OPTIONAL = re.compile(r"(.*\.)?(logit_scale|text_projection\.weight|lm_head\.weight)$")
+# Beginnings of parameters for pictures; sound has no file of its own yet.
+VISION = tuple(f"{name}." for name in MODULES)
 _KV = re.compile(r"model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.")
 _UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
 
@@ -68,9 +70,9 @@ def restore_floats(model: torch.nn.Module, states: Sequence[StateDict], exact: d
         model: the host's, loaded from `states`.
         exact: of declare_dtype().
     """
-    for encoder, state in encoders_of(model, states):
+    for i, encoder in encoders_of(model, states):
         for name, param in list(encoder.named_parameters()):
-            value = state.get(name)
+            value = states[i].get(name)
             value = exact.get(id(value), value)
             if type(value) is torch.Tensor and value.dtype == torch.float32 and param.dtype.itemsize < 4:
                 comfy.utils.set_attr_param(encoder, name, value.to(param.device))
@@ -78,25 +80,67 @@ def restore_floats(model: torch.nn.Module, states: Sequence[StateDict], exact: d
                 setattr(encoder.get_submodule(owner), f"{last}_comfy_model_dtype", torch.float32)
 
 
-def missing_parameters(model: torch.nn.Module, states: Sequence[StateDict]) -> list[str]:
-    """Names of parameters that encoders need and no state dict had."""
-    missing = []
-    for encoder, state in encoders_of(model, states):
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """Parameters that an encoder has and its state dict lacks.
+
+    Attributes:
+        index: of the state dict.
+        text: names of those without which it cannot read text.
+        vision: names of those for pictures.
+    """
+
+    index: int
+    text: list[str]
+    vision: list[str]
+
+
+def missing_parameters(model: torch.nn.Module, states: Sequence[StateDict]) -> Iterator[Missing]:
+    """What each encoder of a CLIP model that was loaded from state dicts lacks."""
+    for i, encoder in encoders_of(model, states):
         config = getattr(getattr(encoder, "model", None), "config", None)
         n_layers, n_shared = (getattr(config, f"num_{name}_layers", 0) for name in ("hidden", "kv_shared"))
-        for name, _ in encoder.named_parameters():
+        text, vision = [], []
+        for name in (name for name, _ in encoder.named_parameters() if name not in states[i]):
             layer = _KV.match(name)  # layers that share keys and values have weights of their own in some files only
-            shared = layer is not None and int(layer[1]) >= n_layers - n_shared > 0
-            if name not in state and not shared and not OPTIONAL.match(name):
-                missing.append(name)
-    return missing
+            if name.startswith(VISION):
+                vision.append(name)
+            elif not OPTIONAL.match(name) and not (layer and int(layer[1]) >= n_layers - n_shared > 0):
+                text.append(name)
+        yield Missing(i, text, vision)
 
 
-def encoders_of(model: torch.nn.Module, states: Sequence[StateDict]) -> Iterator[tuple[torch.nn.Module, StateDict]]:
-    """The transformers of a CLIP model, each with the state dict that it was loaded from."""
+class AbsentPart(torch.nn.Module):
+    """Stands in an encoder for a part that no file had; takes no memory, and says so when a picture reaches it.
+
+    Attributes:
+        refusal: raised then.
+    """
+
+    def __init__(self, refusal: Exception) -> None:
+        super().__init__()
+        self.refusal = refusal
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise self.refusal
+
+    patchify = forward  # Gemma 4's encoder is asked for this first
+
+
+def drop_parts(model: torch.nn.Module, states: Sequence[StateDict], missing: Missing, refusal: Exception) -> None:
+    """Put an AbsentPart in place of each part of which parameters are missing."""
+    for i, encoder in encoders_of(model, states):
+        if i == missing.index:
+            for part in {name.split(".")[0] for name in missing.vision}:
+                setattr(encoder, part, AbsentPart(refusal))
+
+
+def encoders_of(model: torch.nn.Module, states: Sequence[StateDict]) -> Iterator[tuple[int, torch.nn.Module]]:
+    """The transformers of a CLIP model, each with the index of the state dict that it was loaded from."""
     for module in model.modules():
         if isinstance(module, comfy.sd1_clip.SDClipModel):
-            keys = {name for name, _ in module.transformer.named_parameters()}
-            state = max(states, key=lambda state: len(keys & state.keys()))
-            if keys & state.keys():
-                yield module.transformer, state
+            # Names alone do not tell: those of a CLIP-L are among those of a CLIP-G.
+            params = list(module.transformer.named_parameters())
+            n_common = [sum(k in state and state[k].shape == p.shape for k, p in params) for state in states]
+            if any(n_common):
+                yield n_common.index(max(n_common)), module.transformer

@@ -196,13 +196,13 @@ def resolve(type_name: str, encoders: Sequence[str], offered: Collection[str]) -
     if type_name in fitting:
         return type_name, ""
     title = " + ".join(ENCODERS[name].title for name in encoders)
-    if not fitting:
-        alone = "alone is" if len(encoders) == 1 else "together are"
-        return "", f"{title} {alone} of no use to the types that this loader has here"
     if type_name != AUTO:
         wanted = needed(type_name, len(encoders))
         needs = f"takes {wanted}" if wanted else f"is not for {len(encoders)} file{'s' * (len(encoders) > 1)}"
-        return "", f"type '{type_name}' {needs}, and this is {title}, which is for {_or(fitting)}"
+        use = f"which is for {_or(fitting)}" if fitting else "for which there is no type here"
+        return "", f"type '{type_name}' {needs}, and this is {title}, {use}"
+    if not fitting:
+        return "", f"there is no type here for {title}"
     if len(uses) == 1:
         return fitting[0], ""
     return "", f"type 'auto' cannot tell what {title} is wanted for: {_or(fitting)}"
@@ -211,6 +211,8 @@ def resolve(type_name: str, encoders: Sequence[str], offered: Collection[str]) -
 def needed(type_name: str, n_files: int) -> str:
     """The encoders that a type takes in so many files, in words; "" if it takes none."""
     slots = [use.slots for use in USES if type_name in use.types and len(use.slots) == n_files]
+    if n_files == 1:
+        slots = [(frozenset().union(*(slot for (slot,) in slots)),)] if slots else []
     texts = [" + ".join(_or([ENCODERS[name].title for name in ENCODERS if name in slot]) for slot in s) for s in slots]
     return _or(list(dict.fromkeys(texts)))
 

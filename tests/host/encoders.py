@@ -143,9 +143,8 @@ FAMILIES = {
     "qwen3 1.7b": _qwen3("QWEN3_2B", "Ovis25_2B", 2048, "ovis"),
     "qwen3 4b": _qwen3("QWEN3_4B", "Qwen3_4B", 2560, "lumina2"),
     "qwen3 8b": _qwen3("QWEN3_8B", "Qwen3_8B", 4096, "flux2"),
-    # Without its vision part the host takes it for the language model that it is.
     "qwen3-vl 8b, text only": Family(
-        "qwen3vl.Qwen3VL", ARCH.QWEN3VL, "QWEN3_8B", TINY | HEADS | {"hidden_size": 4096}, "flux2"
+        "qwen3vl.Qwen3VL", ARCH.QWEN3VL, "QWEN3VL_8B", TINY | HEADS | {"hidden_size": 4096}, "flux2"
     ),
     "gemma 2": Family(
         "llama.Gemma2_2B", ARCH.GEMMA2, "GEMMA_2_2B", TINY | ONE_HEAD, "lumina2", norm_offset=1.0, tokenizer="llama"
@@ -340,11 +339,14 @@ def write_gpt_oss(path: Any, model: torch.nn.Module, seed: int = 0) -> dict[str,
     return weights
 
 
-def write_native(path: Any, weights: Mapping[str, torch.Tensor], rename: Any = lambda key: key, tag: str = "") -> Any:
+def write_native(
+    path: Any, weights: Mapping[str, torch.Tensor], rename: Any = lambda key: key, tag: str = "", tokenizer: str = ""
+) -> Any:
     """Weights under their own names, as stable-diffusion.cpp (without metadata) and others write them, in Q8_0."""
     writer = gguf.GGUFWriter(path, tag or "none")
     if not tag:
         writer.kv_data[0].pop("general.architecture")
+    add_tokenizer(writer, tokenizer)
     for key, value in weights.items():
         array = value.float().numpy()
         qtype = Q.Q8_0 if array.ndim == 2 and array.shape[1] % 32 == 0 else Q.F32

@@ -3,6 +3,7 @@
 
 import inspect
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import gguf
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_kit import ops
+from gguf_kit.host import compat
 from gguf_kit.host.compat import as_param, is_quantized, wrap
 from gguf_kit.host.lora import PatchRef
 from gguf_kit.host.patcher import GGUFPatcher
@@ -128,6 +130,68 @@ def test_loading_some_tensors_leaves_the_others_as_they_are():
     assert torch.equal(module(x), torch.nn.functional.linear(x, weight, torch.ones(96)))
 
 
+@pytest.mark.parametrize("n_rows", [120, 136])
+@pytest.mark.parametrize("kind", ["quantized", "float", "another model's state"])
+def test_a_vocabulary_may_be_padded_to_another_length(kind, n_rows, inference_mode):
+    weight, values = quantized((n_rows, 256), Q.Q6_K)
+    if kind == "float":
+        weight = values.to(torch.bfloat16)
+        values = weight.float()
+    elif kind != "quantized":
+        other = make_ops().Embedding(n_rows, 256, dtype=torch.float32)
+        other.load_state_dict({"weight": weight})
+        weight = other.state_dict()["weight"]
+    module = make_ops().Embedding(128, 256, dtype=torch.float32)
+    module.load_state_dict({"weight": weight})
+    assert is_quantized(module.weight) == (kind != "float")
+    found = module(torch.arange(128), out_dtype=torch.float32)
+    assert torch.equal(found[: min(n_rows, 128)], values[:128])
+    assert found.shape == (128, 256)
+    assert not found[n_rows:].any()
+
+
+def test_a_padded_table_whose_rows_share_bytes_of_the_file_is_dequantized():
+    """Rows of 64 weights, four to a row of the file."""
+    data, values = quantized((30, 256), Q.Q4_K)
+    module = make_ops().Embedding(128, 64, dtype=torch.float32)
+    module.load_state_dict({"weight": wrap(data._qdata, Q.Q4_K, (120, 64), torch.float32)})
+    found = module(torch.arange(128), out_dtype=torch.float32)
+    assert torch.equal(found[:120], values.reshape(120, 64))
+    assert not found[120:].any()
+
+
+@pytest.mark.parametrize(("n_rows", "n_expected"), [(248, 77), (77, 248), (36, 32), (1200, 96), (40_000, 32_000)])
+def test_a_table_of_quite_another_length_is_an_error(n_rows, n_expected):
+    """CLIP for long prompts has 248 positions instead of 77, which no padding explains."""
+    module = make_ops().Embedding(n_expected, 256, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        module.load_state_dict({"weight": torch.zeros(1).expand(n_rows, 256)})
+
+
+def test_what_a_file_lacks_weighs_nothing_and_is_not_saved():
+    module = make_ops().Linear(4096, 4096, dtype=torch.float32)
+    module.load_state_dict({"bias": torch.zeros(4096)}, strict=False)
+    assert set(module.state_dict()) == {"bias"}
+    assert comfy.model_management.module_size(module) == 4096 * 4
+    module.to(torch.bfloat16)
+    assert tuple(module.weight.shape) == (4096, 4096)
+    assert module.weight.dtype == torch.bfloat16
+    assert module.weight.untyped_storage().nbytes() == 2
+    module.load_state_dict({"weight": torch.ones(4096, 4096)}, strict=False)
+    assert set(module.state_dict()) == {"weight", "bias"}
+
+
+def test_a_large_matrix_is_multiplied_in_parts(monkeypatch):
+    module, weight, bias = layer("Linear", 512, 96, qtype=Q.Q4_K)
+    monkeypatch.setattr(compat, "SLICE_BYTES", 40 * 512 * 4)
+    for shape in ((3, 5, 512), (1, 512)):
+        x = torch.randn(shape)
+        assert torch.allclose(module(x), torch.nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+    short = torch.randn(3, 512).to(torch.bfloat16)
+    assert module(short).dtype == torch.bfloat16
+    assert close(module(short), torch.nn.functional.linear(short.float(), weight, bias), 6e-3)
+
+
 # dequant_dtype x compute dtype x activations: stated error against float64 arithmetic on the same weights and inputs.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
@@ -237,7 +301,9 @@ def test_casting_changes_the_claim_not_the_bytes(inference_mode):
 def test_overrides_accept_every_call_that_the_host_makes():
     """Each method of ours takes the host's parameters, by position and by name, in the host's order."""
     pairs = [(GGUFPatcher, comfy.model_patcher.ModelPatcher)]
-    pairs += [(cls, getattr(comfy.ops.manual_cast, name)) for name, cls in ops._QUANTIZED_LAYERS.items()]
+    for name, cls in ops._QUANTIZED_LAYERS.items():
+        theirs = getattr(comfy.ops.manual_cast, name, None) or getattr(comfy.ops.mixed_precision_ops({}), name, None)
+        pairs += [(cls, theirs)] if theirs is not None else []
     checked = 0
     for ours, host in pairs:
         for name in {n for cls in ours.__mro__ if cls.__module__.startswith("gguf_kit") for n in vars(cls)}:
@@ -247,7 +313,7 @@ def test_overrides_accept_every_call_that_the_host_makes():
             mine, wanted = (inspect.signature(f) for f in (getattr(ours, name), theirs))
             parameters = [p for p in wanted.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
             takes_any = any(p.kind == p.VAR_KEYWORD for p in mine.parameters.values())
-            assert takes_any or set(wanted.parameters) <= set(mine.parameters), (ours.__name__, name)
+            assert takes_any or {p.name for p in parameters} <= set(mine.parameters), (ours.__name__, name)
             n_shared = sum(p.name in mine.parameters for p in parameters)
             assert [p.name for p in parameters][:n_shared] == list(mine.parameters)[:n_shared], (ours.__name__, name)
             checked += 1

@@ -5,6 +5,7 @@ import os
 import re
 
 import comfy.model_management
+import comfy.sd
 import numpy as np
 import pytest
 import tiny
@@ -58,7 +59,7 @@ def test_clip_types_are_those_of_the_host():
         (nodes.CLIPLoaderGGUF, host_nodes.CLIPLoader),
         (nodes.DualCLIPLoaderGGUF, host_nodes.DualCLIPLoader),
     ):
-        assert ours.INPUT_TYPES()["required"]["type"][0] == theirs.INPUT_TYPES()["required"]["type"][0]
+        assert ours.INPUT_TYPES()["required"]["type"][0] == [*theirs.INPUT_TYPES()["required"]["type"][0], "auto"]
 
 
 def test_files_in_subfolders_and_in_folders_added_later_are_listed(folder, tiny_flux, tmp_path_factory):
@@ -167,7 +168,7 @@ def test_out_of_memory_is_left_to_the_host(tiny_flux, monkeypatch):
     def load(*args, **kwargs):
         raise comfy.model_management.OOM_EXCEPTION("out of memory")
 
-    monkeypatch.setattr(nodes.comfy.sd, "load_diffusion_model_state_dict", load)
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", load)
     with pytest.raises(comfy.model_management.OOM_EXCEPTION):
         tiny.quantized_model(tiny_flux("Q2_K"))
 

@@ -10,7 +10,8 @@ import safetensors.torch
 import tiny
 import torch
 from gguf_kit.host.compat import quantized_modules
-from gguf_kit.ops import LazyWeight, make_ops
+from gguf_kit.host.lazy_weight import LazyWeight
+from gguf_kit.ops import make_ops
 
 
 def test_save_and_load_again_equals_the_merged_model(tiny_flux, tmp_path, inference_mode):

@@ -11,8 +11,8 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from gguf_kit.loader import load_diffusion_model
 from gguf_kit.models.values import QuantizedBytes
-from gguf_kit.nodes import load_model
 from gguf_kit.ops import OpsOptions
+from gguf_kit.service import load_model
 
 TYPES = ("Q8_0", "Q4_K_S", "Q2_K")
 CPU = torch.device("cpu")

@@ -11,11 +11,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # Each room may import from those to its left in one of these lines, directly or further left.
 LINES = (
     (("errors", "layouts"), ("gguf_file", "kernels"), ("dequant",), ("models",), ("loader",)),
-    (("dequant",), ("host.compat",), ("host.lora",), ("ops",), ("host.patcher",)),
+    (("dequant",), ("host.compat",), ("host.lora",), ("host.layer",), ("ops",)),
+    (("host.lazy_weight", "host.native"), ("host.layer",)),
+    (("host.lora", "host.native"), ("host.patcher",)),
+    (("models",), ("host.text_encoders",)),
     (("gguf_file", "kernels", "dequant", "models"), ("quantize",)),
-    (("loader", "ops", "host.compat", "host.patcher", "errors"), ("nodes",), ("__init__",)),
+    (("loader", "ops", "host.native", "host.patcher", "host.text_encoders"), ("service",), ("nodes",), ("__init__",)),
 )
-KNOW_COMFY = ("nodes", "ops", "host.compat", "host.lora", "host.patcher")
+KNOW_COMFY = ("nodes", "service", "ops", *(f"host.{path.stem}" for path in ROOT.glob("host/*.py")))
 HOST_MODULES = {"comfy", "nodes", "folder_paths", "comfyui_version", "comfy_kitchen"}
 ROOMS_OF_MANY = ("kernels", "models", "quantize")  # one room each; host's modules are rooms of their own
 MODULES = sorted(

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a T5-XXL of real size costs on a CPU: seconds and memory to load it and to encode a prompt, quantized and not.
+
+    python tests/bench/bench_text_encoder.py [--qtype Q3_K] [--threads 2]
+
+Needs a ComfyUI (COMFYUI_PATH, else the one that the demo fetches), 16 GB of free memory and 3 GB of disk. The file is
+random bytes with finite scales, 4.76 G weights in llama.cpp's names. "dequantized" is the same file as float16 in
+ComfyUI's own layers. The prompt is padded to 256 tokens, as Flux and Mochi take it. Each figure comes from a fresh
+process; memory is its peak (VmHWM, Linux) over what it was before loading, pages of the mapped file included. The
+roofline is the time of the matrix products alone: 2 * weights * tokens over the rate that float32 products of one
+layer's size reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench_load import boot_host, import_pack, peak_bytes
+
+D_MODEL, D_FF, N_BLOCKS, N_HEADS, VOCABULARY = 4096, 10240, 24, 64, 32128
+N_TOKENS = 256
+PROMPT = "a red seven on black ground"
+MATRICES = {
+    **{f"attn_{name}": (D_MODEL, D_MODEL) for name in "qkvo"},
+    "ffn_gate": (D_FF, D_MODEL),
+    "ffn_up": (D_FF, D_MODEL),
+    "ffn_down": (D_MODEL, D_FF),
+}
+
+
+def write_t5(path: Path, qtype_name: str) -> None:
+    """An encoder of real size: matrices of the type, the embedding too, vectors F32."""
+    import _pack  # noqa: F401
+    import gguf
+    import numpy as np
+    from gguf_kit.layouts import LAYOUTS
+    from quant_data import random_blocks
+
+    qtype = gguf.GGMLQuantizationType[qtype_name]
+    layout = LAYOUTS[qtype]
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (VOCABULARY, D_MODEL), "enc.output_norm": (D_MODEL,)}
+    for i in range(N_BLOCKS):
+        shapes |= {f"enc.blk.{i}.{name}": shape for name, shape in MATRICES.items()}
+        shapes |= {f"enc.blk.{i}.{name}_norm": (D_MODEL,) for name in ("attn", "ffn")}
+    writer = gguf.GGUFWriter(path, "t5encoder", use_temp_file=True)
+    writer.add_tensor("enc.blk.0.attn_rel_b.weight", np.zeros((32, N_HEADS), dtype=np.float32))
+    for i, (name, shape) in enumerate(shapes.items()):
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", np.ones(shape, dtype=np.float32))
+            continue
+        data = random_blocks(layout, shape[0] * shape[1] // layout.block_size, seed=i)
+        writer.add_tensor(f"{name}.weight", data.reshape(shape[0], -1), raw_dtype=qtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def load_dense(path: str):
+    """The same file as float16 in the host's own layers."""
+    import comfy.sd
+    import torch
+    from gguf_kit.loader import load_text_encoder
+
+    state = load_text_encoder(path)[0]
+    dense = {k: v.dequantize(torch.float16) if hasattr(v, "qtype") else v.half() for k, v in state.items()}
+    return comfy.sd.load_text_encoder_state_dicts([dense], clip_type=comfy.sd.CLIPType.MOCHI)
+
+
+def measure(task: str, path: str, n_threads: int) -> dict[str, float]:
+    """Run in a process of its own: "quantized" or "dequantized"."""
+    import torch
+
+    boot_host()
+    torch.set_num_threads(n_threads)
+    pack = import_pack()
+    import _pack  # noqa: F401
+
+    before, start = peak_bytes(), time.perf_counter()
+    clip = pack.load_clip((path,), "mochi") if task == "quantized" else load_dense(path)
+    loaded = time.perf_counter() - start
+    tokens = clip.tokenize(PROMPT)
+    with torch.inference_mode():
+        start = time.perf_counter()
+        n_tokens = clip.encode_from_tokens(tokens).shape[1]
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        clip.encode_from_tokens(tokens)
+    if n_tokens != N_TOKENS:
+        raise SystemExit(f"the prompt has {n_tokens} tokens, expected {N_TOKENS}")
+    return {"load": loaded, "first": first, "next": time.perf_counter() - start, "added": peak_bytes() - before}
+
+
+def roofline(n_threads: int) -> float:
+    """Seconds of all matrix products in float32, at the rate of one layer's."""
+    import torch
+
+    torch.set_num_threads(n_threads)
+    x, weight = torch.randn(N_TOKENS, D_MODEL), torch.randn(D_FF, D_MODEL)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    n_weights = N_BLOCKS * sum(n * k for n, k in MATRICES.values())
+    return sorted(seconds)[2] * n_weights / weight.numel()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--qtype", default="Q3_K")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(*args.measure, args.threads)))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "t5-xxl.gguf"
+        write_t5(path, args.qtype)
+        print(f"T5-XXL, {args.qtype}, {path.stat().st_size / 1e9:.2f} GB, {args.threads} threads")
+        for task in ("quantized", "dequantized"):
+            command = [sys.executable, __file__, "--threads", str(args.threads), "--measure", task, str(path)]
+            r = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+            print(
+                f"{task:12} load {r['load']:6.2f} s, first prompt {r['first']:6.2f} s, next {r['next']:6.2f} s, "
+                f"peak added memory {r['added'] / 1e9:5.2f} GB"
+            )
+        print(f"{'roofline':12} {roofline(args.threads):.2f} s for the matrix products alone, in float32")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
