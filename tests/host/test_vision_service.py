@@ -3,6 +3,7 @@
 
 import functools
 import logging
+import os
 import shutil
 
 import comfy.sd
@@ -11,6 +12,7 @@ import encoders
 import pytest
 import torch
 import vision_files
+from gguf_kit import nodes
 from gguf_kit.errors import GGUFError
 from gguf_kit.host.text_encoders import AbsentPart
 from gguf_kit.models.values import QuantizedBytes
@@ -99,3 +101,19 @@ def test_a_text_encoder_is_no_vision_part(files):
     other = shutil.copy(encoder, encoder.with_name("other.gguf"))
     with pytest.raises(GGUFError, match=r"^other\.gguf: it is no vision part .*Qwen2\.5-VL-7B-Instruct-Q4_K_M\.gguf"):
         load_clip((str(encoder),), "qwen_image", vision=str(other))
+
+
+def test_the_node_passes_on_the_part_that_was_chosen_and_sees_a_new_one(files, monkeypatch):
+    encoder, part = files
+    folders = [str(encoder.parent), str(part.parent)]
+    monkeypatch.setitem(nodes.folder_paths.folder_names_and_paths, "clip_gguf", (folders, {".gguf"}))
+    inputs = {"clip_name": encoder.name, "type": "qwen_image"}
+    (clip,) = nodes.CLIPLoaderGGUF().load_clip(**inputs, vision_name=part.name)
+    assert hidden_states(clip, SEEN).shape[1] > 3
+    (without,) = nodes.CLIPLoaderGGUF().load_clip(encoder.name, "qwen_image", "cpu", "none")
+    assert isinstance(encoder_of(without).transformer.visual, AbsentPart)
+    before = [nodes.CLIPLoaderGGUF.IS_CHANGED(**inputs, vision_name=name) for name in ("auto", "none", part.name)]
+    shutil.copy(part, encoder.parent)
+    os.utime(part, (0, 0))
+    after = [nodes.CLIPLoaderGGUF.IS_CHANGED(**inputs, vision_name=name) for name in ("auto", "none", part.name)]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, False]
