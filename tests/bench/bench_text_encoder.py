@@ -153,8 +153,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.measure:
         task, path = args.measure
-        result = measure(task, path, args.threads) if task != "write" else write_dense(Path(path))
-        print(json.dumps(result))
+        if task == "write":
+            write_dense(Path(path))
+        else:
+            print(json.dumps(measure(task, path, args.threads)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "t5-xxl.gguf"
