@@ -73,7 +73,7 @@ def load_diffusion_model(path: str | os.PathLike[str]) -> tuple[StateDict, LoadI
     Raises:
         GGUFError: the file is damaged, holds something else, or has a layout that cannot be loaded.
     """
-    file = GGUFFile(path)
+    file = _open(path)
     names = archs.strip_prefix(file.tensors)
     shapes = {key: file.logical_shape(name) for key, name in names.items()}
     arch = archs.detect(shapes)
@@ -89,7 +89,7 @@ def load_diffusion_model(path: str | os.PathLike[str]) -> tuple[StateDict, LoadI
         raise UnsupportedArch(
             f"it is {arch.title}, which cannot be loaded from GGUF", path=path, hint=f"{arch.reject}."
         )
-    return _read(file, names, arch.title if arch else "unrecognised model")
+    return _values(file, names), _describe(file, names, arch.title if arch else "unrecognised model")
 
 
 def load_text_encoder(
@@ -106,7 +106,7 @@ def load_text_encoder(
     Raises:
         GGUFError: the file is damaged, or holds no text encoder that is known here.
     """
-    file = GGUFFile(path)
+    file = _open(path)
     encoder = text_encoders.detect(file.tensors, text_encoders.tags_of(file))
     if encoder is None:
         return _load_native(file)
@@ -114,10 +114,10 @@ def load_text_encoder(
     state = _values(file, names)
     restore(file, encoder, names, state)
     add_tokenizer(file, encoder.title, encoder.tokenizer, state)
-    part = _vision_path(file, encoder, vision)
+    part = _vision_file(file, encoder, vision)
     state |= vision_part.read(part, file, encoder) if part else vision_part.placeholder(file, encoder)
     info = _describe(file, names, encoder.title)
-    return state, dataclasses.replace(info, family=encoder.title, vision=os.fspath(part or ""))
+    return state, dataclasses.replace(info, family=encoder.title, vision=part.path if part else "")
 
 
 def _load_native(file: GGUFFile) -> tuple[StateDict, LoadInfo]:
@@ -130,11 +130,14 @@ def _load_native(file: GGUFFile) -> tuple[StateDict, LoadInfo]:
     return state, _describe(file, names, arch.title if arch else "text encoder with native names")
 
 
-def _vision_path(file: GGUFFile, encoder: TextEncoder, vision: str | os.PathLike[str]) -> str | os.PathLike[str] | None:
+def _vision_file(file: GGUFFile, encoder: TextEncoder, vision: str | os.PathLike[str]) -> GGUFFile | None:
     """The vision part to read with an encoder; a file that was named is for the encoder that takes one."""
-    if vision == AUTO:
-        return vision_search.find(file, encoder)
-    return vision if vision != NONE and encoder.vision else None
+    if vision == NONE or not encoder.vision:
+        return None
+    if vision != AUTO:
+        return GGUFFile(vision)
+    path = vision_search.find(file, encoder)
+    return GGUFFile(path) if path else vision_part.inside(file)
 
 
 def _renamed(file: GGUFFile, encoder: TextEncoder) -> dict[str, str]:
@@ -142,7 +145,7 @@ def _renamed(file: GGUFFile, encoder: TextEncoder) -> dict[str, str]:
     for prefix, reason in encoder.refuse.items():
         if any(name.startswith(prefix) for name in file.tensors):
             raise UnsupportedArch(f"this {encoder.title} cannot be used: {reason}", path=file.path)
-    mapped, unknown = encoder.key_map(file.tensors)
+    mapped, unknown = encoder.key_map(name for name in file.tensors if not _is_vision(name, encoder))
     if unknown:
         raise UnsupportedArch(
             f"{len(unknown)} tensor names match no {encoder.title} rule: {name_list(unknown)}",
@@ -150,6 +153,11 @@ def _renamed(file: GGUFFile, encoder: TextEncoder) -> dict[str, str]:
             hint="Take the encoder from another source, or its safetensors file.",
         )
     return {key: name for name, key in mapped.items()}
+
+
+def _is_vision(name: str, encoder: TextEncoder) -> bool:
+    """Whether a tensor is of the vision part that some files hold beside the encoder."""
+    return bool(encoder.vision) and name.startswith(text_encoders.MMPROJ_PREFIXES)
 
 
 def _native_names(file: GGUFFile) -> dict[str, str]:
@@ -193,11 +201,6 @@ def _no_text_encoder(file: GGUFFile) -> UnsupportedArch:
     )
 
 
-def _read(file: GGUFFile, names: Mapping[str, str], title: str) -> tuple[StateDict, LoadInfo]:
-    """Values for a map of key to tensor name, and the record and log line of this load."""
-    return _values(file, names), _describe(file, names, title)
-
-
 def _values(file: GGUFFile, names: Mapping[str, str]) -> StateDict:
     return {key: read_tensor(file, key, file.tensors[name]) for key, name in names.items()}
 
@@ -212,6 +215,17 @@ def _vision_alone(file: GGUFFile) -> UnsupportedArch:
         path=file.path,
         hint='Choose the main file in "CLIPLoader (GGUF)", and this one as its vision part.',
     )
+
+
+def _open(path: str | os.PathLike[str]) -> GGUFFile:
+    file = GGUFFile(path)
+    n_parts, number = (file.metadata.get(f"split.{key}") for key in ("count", "no"))
+    if isinstance(n_parts, int) and n_parts > 1:
+        part = f"part {number + 1} of {n_parts}" if isinstance(number, int) else f"one of {n_parts} parts"
+        raise UnsupportedArch(
+            f"it is {part} of a split file", path=path, hint="Join them with llama.cpp's llama-gguf-split --merge."
+        )
+    return file
 
 
 def _describe(file: GGUFFile, names: Mapping[str, str], title: str) -> LoadInfo:

@@ -173,7 +173,7 @@ class CLIPLoaderGGUF:
     def load_clip(
         self, *values: str, type: str = "", device: str = "default", vision_name: str = AUTO, **names: str
     ) -> tuple[Any]:
-        """Inputs by name, as ComfyUI gives them, or in the order of the node, as packs that wrap it may."""
+        """Inputs by name, as ComfyUI gives them, or in the order files, type, device, as packs that wrap it may."""
         given = {"type": type, "device": device, "vision_name": vision_name, **names}
         if values:
             order = [*self._file_inputs(), *given]
@@ -184,10 +184,10 @@ class CLIPLoaderGGUF:
         return (load_clip(paths, type, device, vision),)
 
 
-def _vision_states(choice: str, paths: list[str | None]) -> list[str]:
+def _vision_states(choice: str | None, paths: list[str | None]) -> list[str]:
     """States of the vision part that was chosen, or of those that may be found beside the encoders."""
     if choice not in VISION_CHOICES:
-        return [file_state(_encoder_path(choice))]
+        return [file_state(_encoder_path(choice) if choice else None)]
     folders = sorted({os.path.dirname(path) for path in paths if path}) if choice == AUTO else []
     names = [
         os.path.join(folder, name) for folder in folders for name in os.listdir(folder) if "mmproj" in name.lower()

@@ -144,9 +144,25 @@ def load_clip(
         raise _vision_for_nothing(vision)
     clip_type = _clip_type(paths, type_name, states, infos)
     exact = _declare_dtypes(states, infos, options.get("load_device"))
+    clip = _build_clip(paths, states, clip_type, options, disable_dynamic)
+    ours = [state if info else {} for state, info in zip(states, infos, strict=True)]  # the rest is as the host has it
+    text_encoders.restore_floats(clip.cond_stage_model, ours, exact)
+    _check_complete(clip.cond_stage_model, paths, states, infos)
+    adopt(clip.patcher, (_reload_clip, (tuple(paths), type_name, device, vision)))
+    return clip
+
+
+def _build_clip(
+    paths: Sequence[str],
+    states: list[dict[str, Any]],
+    clip_type: Any,
+    options: dict[str, Any],
+    disable_dynamic: bool,
+) -> Any:
+    """The host's CLIP of state dicts; the host may put others into the list, with keys of its own."""
     load = comfy.sd.load_text_encoder_state_dicts
     try:
-        clip = load(
+        return load(
             states,
             clip_type=clip_type,
             model_options=options,
@@ -157,11 +173,6 @@ def load_clip(
         raise
     except HOST_ERRORS as error:
         raise cannot_build(_first_gguf(paths), error) from error
-    ours = [state if info else {} for state, info in zip(states, infos, strict=True)]  # the rest is as the host has it
-    text_encoders.restore_floats(clip.cond_stage_model, ours, exact)
-    _check_complete(clip.cond_stage_model, paths, states, infos)
-    adopt(clip.patcher, (_reload_clip, (tuple(paths), type_name, device, vision)))
-    return clip
 
 
 def _reload_clip(*args: Any, disable_dynamic: bool = False) -> Any:
@@ -206,15 +217,17 @@ def _check_complete(
     states: Sequence[dict[str, Any]],
     infos: Sequence[LoadInfo | None],
 ) -> None:
-    """Refuse encoders with parameters that no file had; without those for pictures they go on, with one warning."""
+    """Refuse GGUF encoders that lack parameters; those that lack the ones for pictures go on, with one warning."""
     for missing in list(text_encoders.missing_parameters(model, states)):
         path, info = paths[missing.index], infos[missing.index]
+        if info is None:
+            continue  # of other files the host says itself what they lack
         if missing.text:
             raise incomplete(path, missing.text)
         if not missing.vision:
             continue
         is_sound = all(name.startswith("audio") for name in missing.vision)
-        if info is not None and info.vision and not is_sound:
+        if info.vision and not is_sound:
             raise incomplete(info.vision, missing.vision)
         refusal = _absent_part(path, is_sound)
         text_encoders.drop_parts(model, states, missing, refusal)
@@ -242,16 +255,19 @@ def _clip_type(
         families = ENCODERS[name].families if name in ENCODERS else ()
         if info is not None and (not name or (families and info.family and info.family not in families)):
             raise _unknown_size(path, info.title)
+    chosen, problem = (type_name, "") if type_name != AUTO else ("", "type 'auto' cannot tell what these files are for")
     if all(name in ENCODERS for name in names):
         chosen, problem = resolve(type_name, names, clip_types(len(names)))
-        if problem and len(names) > 1:  # what the host says of a wrong size of T5 among others is more exact
-            names = ["T5_XXL" if name in ("T5_BASE", "T5_XL") else name for name in names]
-            chosen, _ = resolve(type_name, names, clip_types(len(names)))
-        if not chosen:
+    if problem and len(names) > 1:  # T5 in another size than the type wants: the host names the shapes that differ
+        names = ["T5_XXL" if name in ("T5_BASE", "T5_XL") else name for name in names]
+        chosen = resolve(type_name, names, clip_types(len(names)))[0] if {*names} <= {*ENCODERS} else ""
+    if not chosen:
+        # Where the host knows more than the table, and where it is asked for nothing new, it decides.
+        if type_name == AUTO or (any(infos) and not text_encoders.newer_than_table()):
             raise UnsupportedArch(problem, path=_first_gguf(paths), hint="Choose another type or another encoder.")
-        type_name = chosen
+        log.warning("%s: %s", _first_gguf(paths), problem)
     # A type without a member of its own (sdxl) is told by its encoders, as in the host's loaders.
-    return getattr(comfy.sd.CLIPType, type_name.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
+    return getattr(comfy.sd.CLIPType, (chosen or type_name).upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
 
 
 def _unknown_size(path: str, title: str) -> UnsupportedArch:

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import comfy.sd
-import comfy.sd1_clip
 import comfy.utils
 import torch
 
+from ..models.clip_types import ENCODERS, KNOWN_TYPES
 from ..models.vision_table import MODULES
 
 StateDict = dict[str, Any]
@@ -46,6 +46,12 @@ def detect(state: StateDict) -> str:
     model = comfy.sd.detect_te_model(state)
     name = "" if model is None else str(model.name)
     return name.replace("T5_", "UMT5_") if name in ("T5_XXL", "T5_BASE") and _UMT5 in state else name
+
+
+def newer_than_table() -> bool:
+    """Whether the host has types or encoders that models/clip_types.py does not know, so perhaps new uses of others."""
+    types = {name.lower() for name in comfy.sd.CLIPType.__members__}
+    return not (types <= KNOWN_TYPES and {*comfy.sd.TEModel.__members__} <= {*ENCODERS})
 
 
 def declare_dtype(state: StateDict, dtype: torch.dtype) -> dict[int, torch.Tensor]:
@@ -138,9 +144,10 @@ def drop_parts(model: torch.nn.Module, states: Sequence[StateDict], missing: Mis
 def encoders_of(model: torch.nn.Module, states: Sequence[StateDict]) -> Iterator[tuple[int, torch.nn.Module]]:
     """The transformers of a CLIP model, each with the index of the state dict that it was loaded from."""
     for module in model.modules():
-        if isinstance(module, comfy.sd1_clip.SDClipModel):
+        transformer = getattr(module, "transformer", None)
+        if isinstance(transformer, torch.nn.Module):
             # Names alone do not tell: those of a CLIP-L are among those of a CLIP-G.
-            params = list(module.transformer.named_parameters())
+            params = list(transformer.named_parameters())
             n_common = [sum(k in state and state[k].shape == p.shape for k, p in params) for state in states]
             if any(n_common):
-                yield n_common.index(max(n_common)), module.transformer
+                yield n_common.index(max(n_common)), transformer

@@ -102,8 +102,8 @@ def _use(slots: str, *types: str) -> Use:
     return Use(tuple(frozenset(slot.split("|")) for slot in slots.split(" + ")), types)
 
 
-# What of a loader's types has no meaning for an encoder goes by its default, stable_diffusion; Anima's and Z-Image's
-# encoders are also found with qwen_image in published workflows.
+# What of a loader's types has no meaning for an encoder goes by its default, stable_diffusion. Published workflows have
+# encoders with other types too where ComfyUI makes the same of them: for Anima, Z-Image, and to generate text.
 _ANY = "stable_diffusion"
 _GEMMA_3_4B = "GEMMA_3_4B|GEMMA_3_4B_VISION"
 _GEMMA_4 = "GEMMA_4_E2B|GEMMA_4_E4B|GEMMA_4_12B|GEMMA_4_31B"
@@ -147,7 +147,7 @@ USES: tuple[Use, ...] = (
     _use("QWEN25_7B", "longcat_image"),
     _use("QWEN3_06B", _ANY, "qwen_image", "lumina2", "cosmos"),
     _use("QWEN3_2B", "ovis", _ANY),
-    _use("QWEN3_4B", "lumina2", "qwen_image", _ANY),
+    _use("QWEN3_4B", "lumina2", "qwen_image", "ltxv", _ANY),
     _use("QWEN3_4B", "flux2", "flux"),
     _use("QWEN3_8B", "flux2", "flux"),
     _use("QWEN3_8B", "ideogram4"),
@@ -157,7 +157,8 @@ USES: tuple[Use, ...] = (
     _use("QWEN3VL_8B", "boogu"),
     _use("QWEN3VL_8B", "joyimage"),
     _use("QWEN3VL_4B|QWEN3VL_8B", "flux2", "flux"),
-    _use("QWEN3VL_4B|QWEN3VL_8B", _ANY),
+    _use("QWEN3VL_4B", _ANY, "ideogram4", "qwen_image"),
+    _use("QWEN3VL_8B", _ANY, "qwen_image"),
     _use("QWEN3VL_32B", "minimax", _ANY),
     _use("QWEN35_08B|QWEN35_2B|QWEN35_4B|QWEN35_9B|QWEN35_27B"),
     _use("GPT_OSS_20B", "lens", _ANY),
@@ -178,43 +179,49 @@ USES: tuple[Use, ...] = (
 )
 
 
+# Types that there are. hunyuan_dit is in no loader.
+KNOWN_TYPES = frozenset(name for use in USES for name in use.types) | {"hunyuan_dit"}
+
+
 def resolve(type_name: str, encoders: Sequence[str], offered: Collection[str]) -> tuple[str, str]:
     """The type to load encoders with, or why it cannot be known.
 
     Args:
-        type_name: what the user chose, "auto" included.
+        type_name: what the user chose, "auto" included. A type that is not in the table is left to ComfyUI.
         encoders: keys of ENCODERS, one for each file.
         offered: types that this ComfyUI knows.
     Returns:
-        type: of `offered`, "" if there is none; and the words for the user then, without a full stop, else "".
+        type: "" if there is none; and the words for the user then, without a full stop, else "".
     """
-    known = [use for use in USES if use.takes(encoders)]
-    uses = [use for use in known if not use.types or any(name in offered for name in use.types)]
-    fitting = list(dict.fromkeys(name for use in uses for name in use.types if name in offered))
+    uses = [use for use in USES if use.takes(encoders)]
+    fitting = [[name for name in use.types if name in offered] for use in uses]
     if any(not use.types for use in uses):
         return (type_name if type_name != AUTO else _ANY), ""
-    if type_name in fitting:
+    if type_name != AUTO and (type_name not in KNOWN_TYPES or any(type_name in names for names in fitting)):
         return type_name, ""
+    usual = list(dict.fromkeys(names[0] for names in fitting if names))
     title = " + ".join(ENCODERS[name].title for name in encoders)
     if type_name != AUTO:
-        wanted = needed(type_name, len(encoders))
-        needs = f"takes {wanted}" if wanted else f"is not for {len(encoders)} file{'s' * (len(encoders) > 1)}"
-        use = f"which is for {_or(fitting)}" if fitting else "for which there is no type here"
-        return "", f"type '{type_name}' {needs}, and this is {title}, {use}"
-    if not fitting:
+        use = f"which is for {_or(usual)}" if usual else "for which there is no type here"
+        return "", f"type '{type_name}' {needed(type_name, len(encoders))}, and this is {title}, {use}"
+    if not usual:
         return "", f"there is no type here for {title}"
-    if len(uses) == 1:
-        return fitting[0], ""
-    return "", f"type 'auto' cannot tell what {title} is wanted for: {_or(fitting)}"
+    if len(usual) == 1:
+        return usual[0], ""
+    return "", f"type 'auto' cannot tell what {title} is wanted for: {_or(usual)}"
 
 
 def needed(type_name: str, n_files: int) -> str:
-    """The encoders that a type takes in so many files, in words; "" if it takes none."""
+    """What a type takes in so many files, in words."""
+    if type_name == _ANY:
+        return "takes CLIP-L"  # and what has no better one
     slots = [use.slots for use in USES if type_name in use.types and len(use.slots) == n_files]
+    if not slots:
+        return f"is not for {n_files} file{'s' * (n_files > 1)}"
     if n_files == 1:
-        slots = [(frozenset().union(*(slot for (slot,) in slots)),)] if slots else []
+        slots = [(frozenset().union(*(slot for (slot,) in slots)),)]
     texts = [" + ".join(_or([ENCODERS[name].title for name in ENCODERS if name in slot]) for slot in s) for s in slots]
-    return _or(list(dict.fromkeys(texts)))
+    return f"takes {_or(list(dict.fromkeys(texts)))}"
 
 
 def _or(names: Sequence[str]) -> str:

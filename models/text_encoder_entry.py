@@ -17,7 +17,8 @@ from .tokenizers import KINDS
 _BLOCK_NUMBER = re.compile(r"(?<=\bblk\.)\d+(?=\.)")
 
 
-def _nothing() -> Any:
+def nothing() -> Any:
+    """The default of a mapping that an entry need not have."""
     return dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -51,14 +52,14 @@ class TextEncoder:
     absent: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     leave_out: tuple[str, ...] = ()
-    refuse: Mapping[str, str] = _nothing()
-    head_counts: Mapping[str, str] = _nothing()
+    refuse: Mapping[str, str] = nothing()
+    head_counts: Mapping[str, str] = nothing()
     norm_offset: float = 0.0
     unshifted: tuple[str, ...] = ()
-    value_heads: Mapping[str, str] = _nothing()
+    value_heads: Mapping[str, str] = nothing()
     decay: str = ""
     conv: str = ""
-    alternate: Mapping[str, tuple[str, str]] = _nothing()
+    alternate: Mapping[str, tuple[str, str]] = nothing()
     tokenizer: str = ""
     vision: str = ""
 

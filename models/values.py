@@ -13,11 +13,11 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from ..dequant import PLAIN_DTYPES, SUPPORTED_QTYPES, dequantize_rows
-from ..errors import UnsupportedQtype, plain_text
+from ..errors import BadFile, UnsupportedQtype, plain_text
 from ..gguf_file import GGUFFile, TensorInfo
 from .tokenizers import KINDS
 
-# GGUF has no uint8: the bytes of tokenizers are I8.
+# GGUF has no uint8: the bytes of tokenizers are I8, or numbers of a wider type.
 BYTE_KEYS = frozenset(kind.key for kind in KINDS.values())
 
 
@@ -47,8 +47,8 @@ StateDict = dict[str, Value]
 def read_tensor(file: GGUFFile, key: str, tensor: TensorInfo) -> Value:
     """One value: layer weights keep their bytes; vectors and bare parameters, which models use as floats, do not."""
     shape, data = file.logical_shape(tensor.name), file.data(tensor.name)
-    if key in BYTE_KEYS and tensor.qtype is GGMLQuantizationType.I8:
-        return data.reshape(shape)
+    if key in BYTE_KEYS and tensor.qtype in PLAIN_DTYPES:
+        return _bytes(file, tensor, data)
     if tensor.qtype in PLAIN_DTYPES:
         return _plain_tensor(data, PLAIN_DTYPES[tensor.qtype]).reshape(shape)
     if tensor.qtype not in SUPPORTED_QTYPES:
@@ -61,6 +61,22 @@ def read_tensor(file: GGUFFile, key: str, tensor: TensorInfo) -> Value:
     n_rows = math.prod(tensor.shape[:-1])
     weight = QuantizedBytes(data.reshape(n_rows, -1) if data.numel() else data.reshape(n_rows, 0), tensor.qtype, shape)
     return weight if len(shape) > 1 and key.endswith(".weight") else weight.dequantize()
+
+
+def _bytes(file: GGUFFile, tensor: TensorInfo, data: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tokenizer, uint8 (n_bytes,)."""
+    if tensor.qtype is GGMLQuantizationType.I8:
+        return data
+    numbers = _plain_tensor(data, PLAIN_DTYPES[tensor.qtype])
+    found = numbers.to(torch.uint8)
+    if not torch.equal(found.to(numbers.dtype), numbers):
+        raise BadFile(
+            f"tensor '{plain_text(tensor.name)}' holds a tokenizer, but not only numbers from 0 to 255",
+            path=file.path,
+            subject=tensor.name,
+            hint="Take the file from another source.",
+        )
+    return found
 
 
 def _plain_tensor(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,6 +9,7 @@ Gemma3VisionModel, Gemma4VisionAudioModel and Gemma4UnifiedVisionAudioModel.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
@@ -21,7 +22,7 @@ import torch
 from ..errors import BadFile, UnsupportedArch, name_list, plain_text
 from ..gguf_file import GGUFFile
 from .text_encoder_entry import TextEncoder
-from .text_encoders import is_mmproj
+from .text_encoders import MMPROJ_PREFIXES, is_mmproj
 from .values import QuantizedBytes, StateDict, Value, floats, read_tensor
 from .vision_table import SPELLINGS, VISION_PARTS, VisionPart
 
@@ -45,26 +46,35 @@ def is_vision_part(file: GGUFFile) -> bool:
     return (isinstance(kind, str) and kind == "mmproj") or has_encoder is True or is_mmproj(file.tensors)
 
 
+def inside(file: GGUFFile) -> GGUFFile | None:
+    """The vision part that a text encoder's own file holds, as a file that has its tensors only; None without one."""
+    names = [name for name in file.tensors if name.startswith(MMPROJ_PREFIXES)]
+    if not names:
+        return None
+    part = copy.copy(file)
+    part.tensors = {name: file.tensors[name] for name in names}
+    return part
+
+
 def text_width(encoder_file: GGUFFile) -> int:
     """Width of the text encoder in a file with llama.cpp's names, 0 if it has no token embeddings."""
     table = encoder_file.tensors.get("token_embd.weight")
     return table.shape[-1] if table is not None and len(table.shape) == 2 else 0
 
 
-def read(path: str | os.PathLike[str], encoder_file: GGUFFile, encoder: TextEncoder) -> StateDict:
+def read(file: GGUFFile, encoder_file: GGUFFile, encoder: TextEncoder) -> StateDict:
     """Read the vision part that belongs to a text encoder.
 
     Args:
-        path: the mmproj file.
+        file: the mmproj file.
         encoder_file: the text encoder, in llama.cpp's names; encoder: its entry.
 
     Returns:
         the keys that ComfyUI's class has for it, to be put beside those of the text encoder.
 
     Raises:
-        GGUFError: the file is damaged, no vision part, or that of another model.
+        GGUFError: the file is no vision part, or that of another model.
     """
-    file = GGUFFile(path)
     part, names = check(file, encoder_file, encoder)
     state = {key: _value(file, part, key, of) for key, of in names.items()}
     n_weights = sum(math.prod(file.tensors[name].shape) for of in names.values() for name in of)
@@ -103,6 +113,12 @@ def check(file: GGUFFile, encoder_file: GGUFFile, encoder: TextEncoder) -> tuple
         )
     name, dim = part.width
     shape, width = file.tensors[name].shape, text_width(encoder_file)
+    if width in part.blind:
+        raise UnsupportedArch(
+            f"ComfyUI's {part.title} that is {width} wide, as {_base(encoder_file)} is, takes no vision part",
+            path=file.path,
+            hint="Leave the vision part out.",
+        )
     if len(shape) != 2 or shape[dim] != width:
         raise UnsupportedArch(
             f"its output '{name}' has shape {shape}, but the text encoder {_base(encoder_file)} is {width} wide",

@@ -10,16 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+
+from .text_encoder_entry import nothing
 
 # What early files have at the beginning of a name, and what it was meant to be.
 SPELLINGS: Mapping[str, str] = MappingProxyType({"v.deepstast.": "v.deepstack."})
 # Modules of ComfyUI's encoders that hold what is not the language model.
 MODULES = ("visual", "vision_model", "multi_modal_projector", "audio_model", "audio_projector")
-
-
-def _nothing() -> Any:
-    return dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +38,7 @@ class VisionPart:
             class has pixel by pixel.
         turned: names of tensors whose first two dims llama.cpp exchanges.
         leave_out: names, or their beginnings, that ComfyUI's class has no use for.
+        blind: widths of text encoders whose class takes no pictures.
         markers: text encoder's width to the shapes of keys without which ComfyUI does not recognise the model.
     """
 
@@ -50,16 +48,17 @@ class VisionPart:
     width: tuple[str, int]
     absent: tuple[str, ...] = ()
     prefix: str = ""
-    prefix_of: Mapping[int, str] = _nothing()
-    joined: Mapping[str, tuple[str, ...]] = _nothing()
-    frames: Mapping[str, tuple[str, ...]] = _nothing()
+    prefix_of: Mapping[int, str] = nothing()
+    joined: Mapping[str, tuple[str, ...]] = nothing()
+    frames: Mapping[str, tuple[str, ...]] = nothing()
     ranked: tuple[str, ...] = ()
     shifted: tuple[str, ...] = ()
     floats: tuple[str, ...] = ()
     by_colour: tuple[str, ...] = ()
     turned: tuple[str, ...] = ()
     leave_out: tuple[str, ...] = ()
-    markers: Mapping[int, Mapping[str, tuple[int, ...]]] = _nothing()
+    blind: tuple[int, ...] = ()
+    markers: Mapping[int, Mapping[str, tuple[int, ...]]] = nothing()
 
 
 def _both(names: Mapping[str, str]) -> dict[str, str]:
@@ -219,6 +218,7 @@ VISION_PARTS: Mapping[str, tuple[VisionPart, ...]] = MappingProxyType(
                 absent=("v.position_embd.weight",),
                 keys=MappingProxyType(_QWEN2VL_KEYS),
                 width=("mm.2.weight", 0),
+                blind=(2048,),  # the 3B
                 prefix="visual.",
                 joined=_QWEN_JOINED,
                 frames=_QWEN_FRAMES,
@@ -230,6 +230,7 @@ VISION_PARTS: Mapping[str, tuple[VisionPart, ...]] = MappingProxyType(
                 has=(*_QWEN_HAS, "v.position_embd.weight", f"{_DEEPSTACK}.fc2.weight"),
                 keys=MappingProxyType(_QWEN3VL_KEYS),
                 width=("mm.2.weight", 0),
+                blind=(2048,),  # the 2B
                 prefix="model.visual.",
                 # ComfyUI shortens the prefix of the smaller two, and expects the short one of the largest.
                 prefix_of=MappingProxyType({5120: "visual."}),

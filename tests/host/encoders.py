@@ -355,6 +355,21 @@ def write_native(
     return path
 
 
+def copy_with_metadata(source: Any, path: Any, keep: Any) -> Any:
+    """A copy of a file with its metadata, without the tensors that `keep` says no to."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            item = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], item)
+    for tensor in reader.tensors:
+        if keep(tensor.name):
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    close(writer)
+    return path
+
+
 def close(writer: gguf.GGUFWriter) -> None:
     """Write everything and close."""
     writer.write_header_to_file()

@@ -99,7 +99,7 @@ REFUSALS = [
      "this Gemma 2 has no tokenizer (metadata key 'tokenizer.ggml.tokens'), and ComfyUI brings none. "
      "Take a file that llama.cpp has converted."),
     ("a type of another encoder", T5, "t5encoder", "wan",
-     "type 'wan' takes UMT5-XXL, and this is T5-base, which is for stable_audio or stable_diffusion. "
+     "type 'wan' takes UMT5-XXL, and this is T5-base, which is for stable_audio. "
      "Choose another type or another encoder."),
     ("a type that the file alone does not tell", CLIP_L, "", "auto",
      "type 'auto' cannot tell what CLIP-L is wanted for: stable_diffusion, sd3 or hidream. "

@@ -18,7 +18,6 @@ import torch
 from gguf_kit import nodes
 from gguf_kit.errors import GGUFError
 from gguf_kit.host.compat import is_quantized, quantized_modules, wrap
-from gguf_kit.host.text_encoders import detect, missing_parameters
 from gguf_kit.loader import load_text_encoder
 from gguf_kit.models.clip_types import ENCODERS
 from gguf_kit.models.values import QuantizedBytes
@@ -413,100 +412,3 @@ def test_a_language_model_in_its_own_names_gets_the_prefix_that_the_host_reads(t
     state = load_text_encoder(path)[0]
     assert state.keys() == weights.keys()
     assert comfy.sd.detect_te_model(to_host(state)).name == "LLAMA3_8"
-
-
-# -- what the service makes sure of --
-
-
-def test_float32_norms_do_not_make_an_encoder_float32_and_stay_exact(t5_base, monkeypatch):
-    monkeypatch.setattr(comfy.model_management, "text_encoder_dtype", lambda device=None: torch.float16)
-    clip = load_clip((str(t5_base),), "stable_audio")
-    encoder = next(m for m in clip.cond_stage_model.modules() if isinstance(m, comfy.sd1_clip.SDClipModel))
-    assert clip.cond_stage_model.dtypes == {torch.float16}
-    assert encoder.transformer.shared.weight.dtype == torch.float16
-    weights = float_state(t5_base)
-    norms = {key: p for key, p in encoder.transformer.named_parameters() if key.endswith("layer_norm.weight")}
-    assert len(norms) == 25
-    for key, norm in norms.items():
-        assert not torch.equal(weights[key].half().float(), weights[key])  # the test would see a rounding
-        assert torch.equal(norm, weights[key])
-    dense = comfy.sd.load_text_encoder_state_dicts(
-        [weights], clip_type=comfy.sd.CLIPType.STABLE_AUDIO, model_options={"dtype": torch.float32}
-    )
-    with torch.inference_mode():
-        assert torch.equal(encode(clip), encode(dense))
-
-
-@pytest.mark.parametrize("name", ["blk.1.ffn_norm.weight", "blk.1.attn_q.weight", "output_norm.weight"])
-def test_an_encoder_with_a_missing_weight_or_norm_is_refused(tmp_path, monkeypatch, name):
-    """A norm is a parameter of the host's own class, of which the layers of the pack know nothing."""
-    import tiny
-
-    family = encoders.FAMILIES["qwen3 4b"]
-    family = dataclasses.replace(family, config=family.config | {"num_hidden_layers": 3})
-    encoders.write_encoder(family, tmp_path / "whole.gguf")
-    path = tiny.copy_file(tmp_path / "whole.gguf", tmp_path / "part.gguf", keep=lambda n: n != name)
-    load_with_config(monkeypatch, family.config)
-    with pytest.raises(GGUFError, match=r"part\.gguf: 1 tensors that ComfyUI needs are missing: model\."):
-        load_clip((str(path),), "lumina2")
-
-
-def test_auto_and_types_of_other_encoders(t5_base):
-    with pytest.raises(GGUFError, match=r"^t5-base-Q8_0\.gguf: type 'wan' takes UMT5-XXL, and this is T5-base, which"):
-        load_clip((str(t5_base),), "wan")
-    clip = load_clip((str(t5_base),), "auto")
-    assert type(clip.cond_stage_model).__name__ == "SAT5Model"
-    with pytest.raises(GGUFError, match=r"type 'sdxl' takes CLIP-L \+ CLIP-G, and this is T5-"):
-        load_clip((str(t5_base), str(t5_base)), "sdxl")
-
-
-@pytest.mark.parametrize("name", ["llama 3", "qwen3 4b"])
-def test_the_dtype_of_a_language_model_is_not_that_of_its_norms(tmp_path, monkeypatch, name):
-    """Hosts read it from the last norm, and take it for the whole encoder."""
-    monkeypatch.setattr(comfy.model_management, "text_encoder_dtype", lambda device=None: torch.bfloat16)
-    family = encoders.FAMILIES[name]
-    family = dataclasses.replace(family, config=family.config | {"num_hidden_layers": 3})
-    weights = encoders.write_encoder(family, tmp_path / "encoder.gguf")
-    load_with_config(monkeypatch, family.config)
-    clip = load_clip((str(tmp_path / "encoder.gguf"),), family.clip_type)
-    model = next(m for m in clip.cond_stage_model.modules() if type(m) is family.host_class())
-    assert clip.cond_stage_model.dtypes == {torch.bfloat16}
-    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
-    for key in ("model.norm.weight", "model.layers.1.input_layernorm.weight"):
-        assert torch.equal(comfy.utils.get_attr(model, key), weights[key])
-
-
-def test_umt5_is_told_from_t5(tmp_path, t5_base):
-    path = write_t5(tmp_path / "umt5.gguf", BASE | {"model_type": "umt5", "is_gated_act": True}, Q.Q8_0, "t5")
-    assert detect(to_host(load_text_encoder(path)[0])) == "UMT5_BASE"
-    assert detect(to_host(load_text_encoder(t5_base)[0])) == "T5_BASE"
-
-
-@pytest.mark.skipif(not encoders.FAMILIES["gemma 4 e2b"].known(), reason="this ComfyUI has no Gemma 4")
-def test_only_layers_that_share_keys_and_values_may_lack_them(monkeypatch):
-    encoders.without_other_parts(monkeypatch)
-    family = encoders.FAMILIES["gemma 4 e2b"]
-    options = {"custom_operations": make_ops(), "model_name": "x", "x_model_config": dict(family.config)}
-    with torch.device("meta"):
-        model = comfy.sd1_clip.SDClipModel(
-            device="cpu", textmodel_json_config={}, dtype=torch.float32, model_class=family.host_class(),
-            special_tokens={"start": 2, "pad": 0}, model_options=options,
-        )  # fmt: skip
-    model.transformer.load_state_dict({}, strict=False)  # makes the parameters that layers of ours lack until then
-    state = {key: torch.zeros(()).expand(p.shape) for key, p in model.transformer.named_parameters()}
-    n_layers, n_shared = 35, model.transformer.model.config.num_kv_shared_layers
-    for layer, wanted in ((n_layers - n_shared - 1, True), (n_layers - n_shared, False)):
-        key = f"model.layers.{layer}.self_attn.k_proj.weight"
-        (missing,) = missing_parameters(model, [{k: v for k, v in state.items() if k != key}])
-        assert missing.text == [key] * wanted
-
-
-def test_a_file_in_original_names_with_llamas_tokenizer_arrays(tmp_path):
-    weights = dict.fromkeys(
-        ("post_attention_layernorm", "input_layernorm", "post_feedforward_layernorm"), torch.ones(256)
-    )
-    weights = {f"model.layers.0.{key}.weight": value for key, value in weights.items()}
-    path = encoders.write_native(tmp_path / "a.gguf", weights, tag="gemma2-native", tokenizer="llama")
-    state, info = load_text_encoder(path)
-    assert (info.title, info.family) == ("Gemma 2", "")
-    assert state["spiece_model"].dtype == torch.uint8

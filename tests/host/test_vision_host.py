@@ -100,7 +100,7 @@ class Written:
             )
 
     def read(self):
-        return vision.read(self.path, self.encoder_file, self.entry)
+        return vision.read(GGUFFile(self.path), self.encoder_file, self.entry)
 
     def dense(self, **options):
         state = self.text | {vision_key(self.tower, key): value for key, value in self.weights.items()}

@@ -2,7 +2,7 @@
 """Types of the CLIP loaders: what auto takes, and the words of refusals."""
 
 import pytest
-from gguf_kit.models.clip_types import ENCODERS, USES, needed, resolve
+from gguf_kit.models.clip_types import ENCODERS, KNOWN_TYPES, USES, needed, resolve
 from gguf_kit.models.text_encoder_table import TEXT_ENCODERS
 
 ONE = ("stable_diffusion", "stable_cascade", "sd3", "ltxv", "pixart", "lumina2", "wan", "hidream", "chroma", "flux2")
@@ -34,7 +34,7 @@ def test_auto_takes_the_one_use_that_files_have(encoders, offered, expected):
 
 
 def test_auto_names_the_types_between_which_files_do_not_decide():
-    words = "type 'auto' cannot tell what T5-XXL is wanted for: sd3, ltxv, pixart, chroma or hidream"
+    words = "type 'auto' cannot tell what T5-XXL is wanted for: sd3, ltxv, pixart or hidream"
     assert resolve("auto", ["T5_XXL"], ONE) == ("", words)
     words = "type 'auto' cannot tell what CLIP-L + T5-XXL is wanted for: sd3, flux or hidream"
     assert resolve("auto", ["CLIP_L", "T5_XXL"], TWO) == ("", words)
@@ -75,4 +75,25 @@ def test_a_mismatch_names_type_and_encoder(type_name, encoders, words):
 
 def test_any_type_will_do_for_encoders_that_no_type_names():
     assert all(resolve(type_name, ["QWEN35_9B"], ONE) == (type_name, "") for type_name in ONE)
-    assert needed("hunyuan_image", 2) == "Qwen2.5-VL 7B + ByT5 small (glyphs)"
+    assert needed("hunyuan_image", 2) == "takes Qwen2.5-VL 7B + ByT5 small (glyphs)"
+
+
+def test_a_type_that_the_table_does_not_know_is_left_to_the_host():
+    assert resolve("flux3", ["QWEN3VL_4B"], (*ONE, "flux3")) == ("flux3", "")
+    assert "flux3" not in KNOWN_TYPES
+    assert set(ONE) | set(TWO) <= KNOWN_TYPES
+
+
+# Of ComfyUI's own templates: the encoder and the type that their loader has.
+TEMPLATES = [
+    ("QWEN3_4B", "ltxv"),
+    ("QWEN3VL_4B", "ideogram4"),
+    ("QWEN3VL_8B", "qwen_image"),
+    ("QWEN3_06B", "qwen_image"),
+]
+TEMPLATES += [("QWEN3_4B", "lumina2"), ("QWEN3_8B", "flux2"), ("MINISTRAL_3_3B", "flux2"), ("GEMMA_3_12B", "ltxv")]
+
+
+@pytest.mark.parametrize(("encoder", "type_name"), TEMPLATES)
+def test_what_published_workflows_choose_is_taken(encoder, type_name):
+    assert resolve(type_name, [encoder], KNOWN_TYPES) == (type_name, "")

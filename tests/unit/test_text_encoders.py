@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_kit.errors import BadFile, GGUFError, UnsupportedArch
-from gguf_kit.loader import load_text_encoder
+from gguf_kit.loader import load_diffusion_model, load_text_encoder
 from gguf_kit.models import text_encoders
 from gguf_kit.models.text_encoder_table import TEXT_ENCODERS
 from gguf_kit.models.values import QuantizedBytes
@@ -64,8 +64,8 @@ T5 = {
 }
 
 
-def write(path, shapes, arch="llama", metadata=None, qtypes=None):
-    """A file with random tensors, matrices in Q8_0; (path, {name: float32 values as stored})."""
+def write(path, shapes, arch="llama", metadata=None, qtypes=None, extra=None):
+    """A file with random tensors, matrices in Q8_0, and extra arrays; (path, {name: float32 values as stored})."""
     writer = gguf.GGUFWriter(path, arch or "none")
     if not arch:
         writer.kv_data[0].pop("general.architecture")
@@ -84,6 +84,8 @@ def write(path, shapes, arch="llama", metadata=None, qtypes=None):
         data = gguf.quants.quantize(values, qtype)
         writer.add_tensor(name, data, raw_dtype=qtype)
         stored[name] = torch.from_numpy(np.array(gguf.quants.dequantize(data, qtype), np.float32))
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -302,10 +304,30 @@ def write_with_q4_k(path, stored):
     return path, stored | {"blk.0.ssm_out.weight": out}
 
 
-def test_a_tokenizer_that_the_file_brings_as_a_tensor_is_taken(tmp_path):
-    shapes = LLAMA | GEMMA | {"spiece_model": (5,)}
-    values, stored, _, _ = load(tmp_path / "a.gguf", shapes, "gemma2")
-    assert torch.equal(values["spiece_model"], stored["spiece_model"])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.float16, np.float32])
+def test_a_tokenizer_that_the_file_brings_as_a_tensor_is_taken(tmp_path, dtype):
+    """GGUF has no uint8, so that converters store its bytes as one thing or another."""
+    blob = bytes([10, 0, 255, 128, 7])
+    stored = np.frombuffer(blob, np.int8) if dtype == np.int8 else np.frombuffer(blob, np.uint8).astype(dtype)
+    path, _ = write(tmp_path / "a.gguf", LLAMA | GEMMA, arch="gemma2", extra={"spiece_model": stored})
+    state, _ = load_text_encoder(path)
+    assert state["spiece_model"].dtype == torch.uint8
+    assert state["spiece_model"].numpy().tobytes() == blob
+
+
+def test_a_tokenizer_of_other_numbers_is_refused(tmp_path):
+    extra = {"spiece_model": np.array([1, 256], np.int16)}
+    path, _ = write(tmp_path / "a.gguf", LLAMA | GEMMA, arch="gemma2", extra=extra)
+    with pytest.raises(BadFile, match="'spiece_model' holds a tokenizer, but not only numbers from 0 to 255"):
+        load_text_encoder(path)
+
+
+def test_a_part_of_a_split_file_is_named(tmp_path):
+    path, _ = write(tmp_path / "a-00002-of-00003.gguf", LLAMA, metadata={"split.no": 1, "split.count": 3})
+    with pytest.raises(UnsupportedArch, match=r"it is part 2 of 3 of a split file\. Join them with llama\.cpp's"):
+        load_text_encoder(path)
+    with pytest.raises(UnsupportedArch, match="it is part 2 of 3"):
+        load_diffusion_model(path)
 
 
 # -- original names --

@@ -8,9 +8,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_kit.errors import BadFile, GGUFError
+from gguf_kit import loader
+from gguf_kit.errors import BadFile, GGUFError, UnsupportedArch
 from gguf_kit.gguf_file import GGUFFile
-from gguf_kit.models import text_encoders, vision
+from gguf_kit.models import text_encoders, vision, vision_search
 from gguf_kit.models.values import QuantizedBytes
 from gguf_kit.models.vision_table import MODULES, VISION_PARTS
 from vision_parts import HIDDEN, INNER, WIDTH, Q, close, open_encoder, write_part, write_text_encoder
@@ -23,7 +24,7 @@ def read(tmp_path, kind, arch=None, width=WIDTH, **named):
     """(state dict, stored values) of a part beside a text encoder."""
     encoder_file, entry = open_encoder(write_text_encoder(tmp_path / "text.gguf", arch or kind, width))
     values = write_part(tmp_path / "mmproj.gguf", kind, **{"width": width, **named})
-    return vision.read(tmp_path / "mmproj.gguf", encoder_file, entry), values
+    return vision.read(GGUFFile(tmp_path / "mmproj.gguf"), encoder_file, entry), values
 
 
 def floats(value):
@@ -215,7 +216,7 @@ def test_no_stand_in_where_comfyui_needs_none(tmp_path, arch, width):
 def refusal(tmp_path, arch="qwen2vl", name="mmproj.gguf", width=WIDTH):
     encoder_file, entry = open_encoder(write_text_encoder(tmp_path / "text.gguf", arch, width))
     with pytest.raises(GGUFError) as caught:
-        vision.read(tmp_path / name, encoder_file, entry)
+        vision.read(GGUFFile(tmp_path / name), encoder_file, entry)
     message = str(caught.value)
     assert message.startswith(f"{name}: ")
     assert "\n" not in message
@@ -286,7 +287,7 @@ def test_odd_names_and_shapes_are_at_most_refused(tmp_path, odd):
     encoder_file, entry = open_encoder(write_text_encoder(tmp_path / "text.gguf", "qwen3vl"))
     write_part(tmp_path / "mmproj.gguf", "qwen3vl", change=lambda shapes: shapes | odd)
     with contextlib.suppress(GGUFError):  # and nothing else
-        vision.read(tmp_path / "mmproj.gguf", encoder_file, entry)
+        vision.read(GGUFFile(tmp_path / "mmproj.gguf"), encoder_file, entry)
 
 
 def test_tags_of_an_odd_type_say_nothing(tmp_path):
@@ -302,7 +303,7 @@ def test_a_damaged_vision_part(tmp_path):
     (tmp_path / "mmproj.gguf").write_bytes(b"GGUF\x03")
     encoder_file, entry = open_encoder(write_text_encoder(tmp_path / "text.gguf"))
     with pytest.raises(BadFile, match=r"^mmproj\.gguf: "):
-        vision.read(tmp_path / "mmproj.gguf", encoder_file, entry)
+        vision.read(GGUFFile(tmp_path / "mmproj.gguf"), encoder_file, entry)
 
 
 def test_what_is_a_vision_part(tmp_path):
@@ -310,3 +311,37 @@ def test_what_is_a_vision_part(tmp_path):
         write_part(tmp_path / "mmproj.gguf", tags=tags)
         assert vision.is_vision_part(GGUFFile(tmp_path / "mmproj.gguf"))
     assert not vision.is_vision_part(GGUFFile(write_text_encoder(tmp_path / "text.gguf")))
+
+
+def test_a_size_whose_class_sees_no_pictures_takes_no_part(tmp_path):
+    """ComfyUI's Qwen2.5-VL 3B is text only; of Qwen3-VL it has no 2B, and would take one with pictures for the 8B."""
+    for arch in ("qwen2vl", "qwen3vl"):
+        encoder_file, entry = open_encoder(write_text_encoder(tmp_path / "encoder.gguf", arch, width=2048))
+        write_part(tmp_path / "mmproj.gguf", arch, width=2048)
+        with pytest.raises(
+            UnsupportedArch, match=r"mmproj\.gguf: ComfyUI's Qwen.* that is 2048 wide, as encoder\.gguf is"
+        ):
+            vision.read(GGUFFile(tmp_path / "mmproj.gguf"), encoder_file, entry)
+        assert vision_search.find(encoder_file, entry) is None
+
+
+def test_a_part_inside_the_encoders_own_file_is_read_as_one_beside_it(tmp_path):
+    write_part(tmp_path / "mmproj.gguf")
+    write_text_encoder(tmp_path / "text.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "both.gguf", "qwen2vl")
+    for name in ("text", "mmproj"):
+        for tensor in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    close(writer)
+    (tmp_path / "mmproj.gguf").rename(tmp_path / "mmproj.bak")
+    file, entry = open_encoder(tmp_path / "both.gguf")
+    part = vision.inside(file)
+    assert part is not None
+    found = vision.read(part, file, entry)
+    expected = vision.read(GGUFFile(tmp_path / "mmproj.bak"), *open_encoder(tmp_path / "text.gguf"))
+    assert found.keys() == expected.keys()
+    state, info = loader.load_text_encoder(tmp_path / "both.gguf")
+    assert found.keys() < state.keys()
+    assert info.vision == str(tmp_path / "both.gguf")
+    assert not loader.load_text_encoder(tmp_path / "both.gguf", loader.NONE)[0].keys() & found.keys()
+    assert vision.inside(open_encoder(tmp_path / "text.gguf")[0]) is None

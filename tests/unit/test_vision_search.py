@@ -7,6 +7,7 @@ import shutil
 import pytest
 from gguf_kit import gguf_file
 from gguf_kit.errors import UnsupportedArch
+from gguf_kit.gguf_file import GGUFFile
 from gguf_kit.models import vision, vision_search
 from vision_parts import Q, open_encoder, write_part, write_text_encoder
 
@@ -122,4 +123,4 @@ def test_a_part_is_checked_before_it_is_found(tmp_path):
     folder = Folder(tmp_path).add("mmproj.gguf", change=lambda shapes: shapes | {"v.blk.0.attn_sinks": (8,)})
     assert folder.found() is None
     with pytest.raises(UnsupportedArch, match="match no rule"):
-        vision.read(tmp_path / "mmproj.gguf", *folder.encoder)
+        vision.read(GGUFFile(tmp_path / "mmproj.gguf"), *folder.encoder)
