@@ -262,10 +262,12 @@ def _clip_type(
         names = ["T5_XXL" if name in ("T5_BASE", "T5_XL") else name for name in names]
         chosen = resolve(type_name, names, clip_types(len(names)))[0] if {*names} <= {*ENCODERS} else ""
     if not chosen:
-        # Where the host knows more than the table, and where it is asked for nothing new, it decides.
+        hint = "Choose another type or another encoder."
+        mismatch = UnsupportedArch(problem, path=_first_gguf(paths), hint=hint)
+        # Of safetensors alone, and where the host knows more than the table, the host decides.
         if type_name == AUTO or (any(infos) and not text_encoders.newer_than_table()):
-            raise UnsupportedArch(problem, path=_first_gguf(paths), hint="Choose another type or another encoder.")
-        log.warning("%s: %s", _first_gguf(paths), problem)
+            raise mismatch
+        log.warning("%s", mismatch)
     # A type without a member of its own (sdxl) is told by its encoders, as in the host's loaders.
     return getattr(comfy.sd.CLIPType, (chosen or type_name).upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
 
