@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from .tokenizers import KINDS
+from .tokenizers import BYTE_KEYS
 
 _BLOCK_NUMBER = re.compile(r"(?<=\bblk\.)\d+(?=\.)")
 
@@ -71,10 +71,9 @@ class TextEncoder:
         """State-dict key of each name that is used, and the names that match no rule."""
         mapped: dict[str, str] = {}
         unknown: list[str] = []
-        blobs = {kind.key for kind in KINDS.values()}
         for name in names:
             rule, bid = split_name(name)
-            key = name if name in blobs else self.keys.get(rule)
+            key = name if name in BYTE_KEYS else self.keys.get(rule)
             if key is not None:
                 mapped[name] = key.replace("{bid}", bid)
             elif rule not in self.leave_out:
@@ -82,7 +81,7 @@ class TextEncoder:
         return mapped, unknown
 
 
-def split_name(name: str) -> tuple[str, str]:
+def split_name(name: str, number: re.Pattern[str] = _BLOCK_NUMBER) -> tuple[str, str]:
     """A tensor name with {bid} in place of its block number, and that number's digits ("" if it has none)."""
-    match = _BLOCK_NUMBER.search(name)
+    match = number.search(name)
     return (f"{name[: match.start()]}{{bid}}{name[match.end() :]}", match.group()) if match else (name, "")

@@ -248,3 +248,5 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "json": Kind("tokenizer_json", _make_json),
     }
 )
+# State-dict keys that hold a tokenizer's bytes.
+BYTE_KEYS = frozenset(kind.key for kind in KINDS.values())

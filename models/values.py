@@ -15,10 +15,7 @@ from gguf.constants import GGMLQuantizationType
 from ..dequant import PLAIN_DTYPES, SUPPORTED_QTYPES, dequantize_rows
 from ..errors import BadFile, UnsupportedQtype, plain_text
 from ..gguf_file import GGUFFile, TensorInfo
-from .tokenizers import KINDS
-
-# GGUF has no uint8: the bytes of tokenizers are I8, or numbers of a wider type.
-BYTE_KEYS = frozenset(kind.key for kind in KINDS.values())
+from .tokenizers import BYTE_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +61,7 @@ def read_tensor(file: GGUFFile, key: str, tensor: TensorInfo) -> Value:
 
 
 def _bytes(file: GGUFFile, tensor: TensorInfo, data: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tokenizer, uint8 (n_bytes,)."""
+    """The bytes of a tokenizer, uint8 (n_bytes,); GGUF has no uint8, so they are I8 or numbers of a wider type."""
     if tensor.qtype is GGMLQuantizationType.I8:
         return data
     numbers = _plain_tensor(data, PLAIN_DTYPES[tensor.qtype])

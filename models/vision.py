@@ -21,6 +21,7 @@ import torch
 
 from ..errors import BadFile, UnsupportedArch, name_list, plain_text
 from ..gguf_file import GGUFFile
+from . import text_encoder_entry
 from .text_encoder_entry import TextEncoder
 from .text_encoders import MMPROJ_PREFIXES, is_mmproj
 from .values import QuantizedBytes, StateDict, Value, floats, read_tensor
@@ -151,11 +152,10 @@ def main_qtype(file: GGUFFile) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A tensor name with {bid} in place of its block number, and that number's digits ("" if it has none)."""
+    """As for a text encoder, with the numbers of vision parts, and with misspelt beginnings put right."""
     wrong = next((spelling for spelling in SPELLINGS if name.startswith(spelling)), "")
     name = SPELLINGS[wrong] + name[len(wrong) :] if wrong else name
-    match = _NUMBER.search(name)
-    return (f"{name[: match.start()]}{{bid}}{name[match.end() :]}", match.group()) if match else (name, "")
+    return text_encoder_entry.split_name(name, _NUMBER)
 
 
 def _base(file: GGUFFile) -> str:

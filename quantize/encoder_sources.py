@@ -15,8 +15,7 @@ import torch
 
 from ..errors import BadFile, UnsupportedArch, name_list
 from ..models import archs, text_encoders
-from ..models.tokenizers import KINDS
-from ..models.values import BYTE_KEYS
+from ..models.tokenizers import BYTE_KEYS, KINDS
 from . import other_kinds
 from .containers import StoredTensor, Tensor, Tensors
 
