@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf_builder as builder
+import numpy as np
 import sentencepiece
 import tokenizers
 from gguf import TokenType
@@ -363,3 +365,27 @@ def write_gpt_oss(path: Path, tokenizer: tokenizers.Tokenizer, **changes: Any) -
     """As the converter writes byte-level BPE, its embedding padded."""
     arrays, merges = hf_arrays(tokenizer, tokenizer.get_vocab_size() + 9)
     return write_gguf(path, "gpt-oss", "gpt2", arrays, **{"merges": merges, "pre": "gpt-4o"} | changes)
+
+
+# Gemma's tokens, and about as many merges as it has.
+LARGE_VOCABULARY, LARGE_MERGES = 262_144, 500_000
+
+
+def write_large(path: Path, model: str) -> Path:
+    """A vocabulary of Gemma's size under a tokenizer.ggml.model; every word of two can be merged in two ways."""
+    tokens = ["<unk>", "<s>", "</s>", *(chr(0x4E00 + i) for i in range(8192))]
+    pairs = [(tokens[3 + i % 512], tokens[3 + i // 512]) for i in range(LARGE_VOCABULARY - len(tokens))]
+    tokens += [left + right for left, right in pairs]
+    merges = [f"{left} {right}" for left, right in pairs]
+    merges = (merges + merges)[:LARGE_MERGES]
+    types = np.asarray([2, 3, 3] + [1] * (LARGE_VOCABULARY - 3), "<i4")
+    b = builder
+    metadata = {
+        "model": (b.STRING, model),
+        "scores": (b.ARRAY, b.u32(b.F32) + b.u64(len(types)) + (-np.arange(len(types), dtype="<f4")).tobytes()),
+        "token_type": (b.ARRAY, b.u32(b.I32) + b.u64(len(types)) + types.tobytes()),
+        "tokens": (b.ARRAY, (b.STRING, tokens)),
+        "merges": (b.ARRAY, (b.STRING, merges)),
+    }
+    path.write_bytes(b.build_gguf({f"tokenizer.ggml.{key}": typed for key, typed in metadata.items()}, []))
+    return path

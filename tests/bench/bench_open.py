@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times opening a text encoder with a 262,144-entry vocabulary, against gguf-py's reader.
+"""Times opening a text encoder with a 262,144-entry vocabulary, against gguf-py's reader, and rebuilding tokenizers.
 
     python tests/bench/bench_open.py [--repeat N] [--without-gguf-py]
 
@@ -10,6 +10,7 @@ its tensors are empty, since opening reads none. gguf-py is timed once: it takes
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
@@ -23,13 +24,16 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "tools")]
 import _pack  # noqa: E402, F401
 import gguf  # noqa: E402
 import gguf_builder as build  # noqa: E402
+import make_tokenizers  # noqa: E402
 from gguf_kit.gguf_file import GGUFFile  # noqa: E402
+from gguf_kit.models import tokenizers  # noqa: E402
 
 N_TOKENS = 262_144
 N_MERGES = 514_906
 N_LAYERS = 34
 TENSORS_PER_LAYER = 13
 TOKENS = "tokenizer.ggml.tokens"
+TOKENIZERS = (("llama", "spiece"), ("gemma4", "json"))  # tokenizer.ggml.model, key of tokenizers.KINDS
 
 
 def write_text_encoder(path: Path) -> None:
@@ -42,6 +46,10 @@ def write_text_encoder(path: Path) -> None:
     }
     names = [f"blk.{i}.tensor_{j}.weight" for i in range(N_LAYERS) for j in range(TENSORS_PER_LAYER)]
     path.write_bytes(build.build_gguf(metadata, [(name, 0, (0, 2560), b"") for name in names]))
+
+
+def rebuild_tokenizer(path: Path, kind: str) -> None:
+    tokenizers.build(GGUFFile(path), kind)
 
 
 def measure(action: Callable[[], object], n_runs: int) -> tuple[float, float]:
@@ -67,13 +75,17 @@ def main(argv: list[str] | None = None) -> int:
             ("GGUFFile: open, decode tokens", lambda: GGUFFile(path).metadata[TOKENS], options.repeat),
             ("GGUFFile: open, decode all", lambda: dict(GGUFFile(path).metadata), options.repeat),
         ]
+        for model, kind in TOKENIZERS:
+            large = make_tokenizers.write_large(Path(folder) / f"{model}.gguf", model)
+            rebuild = functools.partial(rebuild_tokenizer, large, kind)
+            cases.append((f"open, rebuild tokenizer ({kind})", rebuild, options.repeat))
         if not options.without_gguf_py:
             cases.append(("gguf.GGUFReader: open", lambda: gguf.GGUFReader(path), 1))
         print(f"{path.stat().st_size / 1e6:.1f} MB, {N_LAYERS * TENSORS_PER_LAYER} tensors")
-        print(f"{'case':30} {'median ms':>10} {'best ms':>10} {'n':>3}")
+        print(f"{'case':32} {'median ms':>10} {'best ms':>10} {'n':>3}")
         for label, action, n_runs in cases:
             median, best = measure(action, n_runs)
-            print(f"{label:30} {median:10.1f} {best:10.1f} {n_runs:3}")
+            print(f"{label:32} {median:10.1f} {best:10.1f} {n_runs:3}")
     return 0
 
 

@@ -6,11 +6,9 @@ import json
 import math
 import os
 import struct
-import time
 
 import gguf_builder
 import make_tokenizers as make
-import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as hf
@@ -357,41 +355,13 @@ def test_every_sound_character_map_is_taken(tmp_path, normalizer):
     assert make.normalizer_of(build(make.write_t5(tmp_path / "t5.gguf", model), "spiece"))[2]
 
 
-N_TOKENS, N_MERGES = 262_144, 500_000
-
-
-def write_large(path, model):
-    """A vocabulary of Gemma's size; every third word can be merged in several ways."""
-    tokens = ["<unk>", "<s>", "</s>", *(chr(0x4E00 + i) for i in range(8192))]
-    pairs = [(tokens[3 + i % 512], tokens[3 + i // 512]) for i in range(N_TOKENS - len(tokens))]
-    tokens += [left + right for left, right in pairs]
-    merges = [f"{left} {right}" for left, right in pairs]
-    merges = (merges + merges)[:N_MERGES]
-    types = [2, 3, 3] + [1] * (N_TOKENS - 3)
-    b = gguf_builder
-    scores = np.arange(0, -N_TOKENS, -1, dtype="<f4").tobytes()
-    metadata = {
-        "model": (b.STRING, model),
-        "scores": (b.ARRAY, b.u32(b.F32) + b.u64(N_TOKENS) + scores),
-        "token_type": (b.ARRAY, b.u32(b.I32) + b.u64(N_TOKENS) + np.asarray(types, "<i4").tobytes()),
-        "tokens": (b.ARRAY, (b.STRING, tokens)),
-        "merges": (b.ARRAY, (b.STRING, merges)),
-    }
-    path.write_bytes(b.build_gguf({f"tokenizer.ggml.{key}": typed for key, typed in metadata.items()}, []))
-    return path
-
-
-@pytest.mark.parametrize(("model", "kind"), [("llama", "spiece"), ("gemma4", "json")])
-def test_a_vocabulary_of_262144_tokens_takes_under_two_seconds(tmp_path, model, kind):
-    file = GGUFFile(write_large(tmp_path / "large.gguf", model))
-    seconds = []
-    for _ in range(3):  # the best of three: other work on the machine slows the processor's time too
-        start = time.process_time()
-        assert tokenizers.build(file, kind).numel() > 2**22
-        seconds.append(time.process_time() - start)
-        if seconds[-1] < 2:
-            return
-    pytest.fail(f"took {seconds} s")
+def test_a_vocabulary_as_large_as_gemmas_is_rebuilt_whole(tmp_path):
+    n_tokens = make.LARGE_VOCABULARY
+    spiece = build(make.write_large(tmp_path / "llama.gguf", "llama"), "spiece")
+    assert sentencepiece.SentencePieceProcessor(model_proto=spiece).vocab_size() == n_tokens
+    model = json.loads(build(make.write_large(tmp_path / "gemma4.gguf", "gemma4"), "json"))["model"]
+    assert len(model["vocab"]) == n_tokens
+    assert len(model["merges"]) == make.LARGE_MERGES
 
 
 # Ids that Gemma 3 is known by, and texts whose ids another BPE implementation gives from the same vocabulary.
@@ -406,9 +376,7 @@ GEMMA3_IDS = {
 @pytest.mark.slow
 @pytest.mark.skipif(not GEMMA3, reason="GGUF_KIT_TEST_GEMMA3 names no file")
 def test_the_real_gemma_3_gives_its_known_ids():
-    start = time.process_time()
     file = GGUFFile(GEMMA3)
-    assert time.process_time() - start < 0.2
     model = tokenizers.build(file, "spiece").numpy().tobytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert {text: processor.encode(text) for text in GEMMA3_IDS} == GEMMA3_IDS
