@@ -14,6 +14,7 @@ from ..errors import GGUFError
 from ..gguf_file import GGUFFile
 from ..layouts import LAYOUTS
 from . import vision
+from .split_files import first_part, open_gguf, without_later_parts
 from .text_encoder_entry import TextEncoder
 from .vision_table import VISION_PARTS
 
@@ -35,8 +36,8 @@ _NOT_THE_NAME = re.compile(
 _PREFERRED = ("BF16", "F16", "F32")
 
 
-def find(encoder_file: GGUFFile, encoder: TextEncoder) -> Path | None:
-    """The vision part that belongs to a text encoder and lies in its folder, or None.
+def find(encoder_file: GGUFFile, encoder: TextEncoder) -> GGUFFile | None:
+    """The vision part that belongs to a text encoder and lies in its folder, open; or None.
 
     Never raises for a neighbour that is damaged or of another model. Among several that fit, the one that shares most
     of the encoder's name is taken, then the one of the best type.
@@ -51,7 +52,7 @@ def find(encoder_file: GGUFFile, encoder: TextEncoder) -> Path | None:
     ranked = sorted(fitting, key=lambda file: _rank(own, file))
     if len(ranked) > 1:
         log.info("%s: %s chosen of %d vision parts that fit", own.name, Path(ranked[0].path).name, len(ranked))
-    return Path(ranked[0].path)
+    return ranked[0]
 
 
 def model_name(path: Path) -> str:
@@ -65,20 +66,24 @@ def likeness(one: Path, other: Path) -> float:
 
 
 def _neighbours(own: Path) -> tuple[list[Path], list[Path]]:
-    """Other .gguf files of the folder that may be vision parts: those named so, and the rest, most alike first."""
+    """Other .gguf files of the folder that may be vision parts: those named so, and the rest, most alike first.
+
+    Of a split file the first part stands for all.
+    """
     try:
         with os.scandir(own.parent) as entries:
-            found = [
-                Path(entry.path)
+            found = {
+                entry.name: Path(entry.path)
                 for entry in entries
-                if entry.name.lower().endswith(".gguf") and entry.name != own.name and entry.is_file()
-            ]
+                if entry.name.lower().endswith(".gguf") and entry.is_file()
+            }
     except OSError as error:
         log.info("%s: no look for a vision part beside it: %s", own.name, error.strerror)
         return [], []
-    found.sort(key=lambda path: (-likeness(own, path), path.name))
-    named = [path for path in found if "mmproj" in path.name.lower()]
-    return named, [path for path in found if "mmproj" not in path.name.lower()]
+    others = [found[name] for name in without_later_parts(found) if first_part(name) != first_part(own.name)]
+    others.sort(key=lambda path: (-likeness(own, path), path.name))
+    named = [path for path in others if "mmproj" in path.name.lower()]
+    return named, [path for path in others if "mmproj" not in path.name.lower()]
 
 
 def _said_clip(paths: Iterable[Path]) -> Iterator[Path]:
@@ -98,7 +103,7 @@ def _fitting(paths: Iterable[Path], encoder_file: GGUFFile, encoder: TextEncoder
     fitting = []
     for path, _ in zip(paths, range(MAX_OPENED), strict=False):
         try:
-            file = GGUFFile(path)
+            file = open_gguf(path)
             vision.check(file, encoder_file, encoder)
             fitting.append(file)
         except GGUFError as error:

@@ -20,11 +20,13 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
+from gguf.constants import GGMLQuantizationType as QType
 from safetensors import SafetensorError, safe_open
 
 from ..dequant import PLAIN_DTYPES
 from ..errors import BadFile, UnsupportedQtype, name_list, plain_text
 from ..gguf_file import DAMAGED, GGUFFile, map_file
+from ..models.split_files import open_gguf, paths_of
 
 Tensor = torch.Tensor
 
@@ -57,6 +59,19 @@ KNOWN_FILES = "Pass a .safetensors, .ckpt, .pt, .pth, .bin or 16-bit .gguf file,
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """The bytes of a tensor that is quantized already.
+
+    Attributes:
+        qtype: how they are encoded.
+        read: returns them, uint8, all blocks in the order of the weights, on any device.
+    """
+
+    qtype: QType
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor that is read when it is wanted.
 
@@ -64,11 +79,13 @@ class StoredTensor:
         dtype: precision that it has; read() may give a wider one.
         shape: torch order, as read() gives it.
         read: returns it on the CPU, contiguous; where nothing is computed a view of the mapped file.
+        blocks: the same as it is quantized, or None.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    blocks: Blocks | None = None
 
 
 Tensors = dict[str, StoredTensor]
@@ -191,7 +208,7 @@ def _check_shape(path: Path, name: str, shape: tuple[int, ...]) -> None:
 
 def _open_gguf(path: Path) -> Contents:
     """Open a GGUF file whose tensors are all floats or integers."""
-    file = GGUFFile(path)
+    file = open_gguf(path)
     quantized = [name for name, info in file.tensors.items() if info.qtype not in PLAIN_DTYPES]
     if quantized:
         qtypes = sorted({file.tensors[name].qtype.name for name in quantized})
@@ -206,7 +223,9 @@ def _open_gguf(path: Path) -> Contents:
         dtype, shape = PLAIN_DTYPES[info.qtype], file.logical_shape(name)
         _check_shape(path, name, shape)
         tensors[name] = StoredTensor(dtype, shape, _gguf_reader(file, name, dtype, shape))
-    return Contents("GGUF", tensors, file.carried_metadata())
+    n_files = len(paths_of(file))
+    title = f"GGUF in {n_files} files" if n_files > 1 else "GGUF"
+    return Contents(title, tensors, file.carried_metadata())
 
 
 def _gguf_reader(file: GGUFFile, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:

@@ -25,7 +25,7 @@ from ..errors import plain_text
 from ..gguf_file import DEFAULT_ALIGNMENT, GGUFFile, MetadataValue, TensorInfo
 from ..kernels.torch_reference import unpack_codes
 from ..layouts import LAYOUTS, NOT_SUPPORTED, Code, Layout
-from ..models import archs, text_encoders
+from ..models import archs, split_files, text_encoders
 
 MAX_ITEMS = 16  # longest array that is decoded unasked
 CHUNK_BYTES = 1 << 20  # looked at in one go by check(): what a cache holds
@@ -64,7 +64,7 @@ class TensorRow:
     """One tensor of the table.
 
     Attributes:
-        name, qtype, offset, n_bytes: as in TensorInfo.
+        name, qtype, offset, n_bytes: as in TensorInfo; the offset counts within the tensor's own part of a split file.
         shape: the logical one, torch order; stored_shape: the one in the table.
     """
 
@@ -96,7 +96,8 @@ class Description:
     """What a file holds.
 
     Attributes:
-        path: as given; file_bytes: its size.
+        path: as given.
+        n_files: files that it consists of, more than one if it is split; file_bytes: the size of all.
         version, alignment: of the container.
         arch: `general.architecture`, "" if it has none.
         title: what the tensors say it is, "" if nothing known.
@@ -105,6 +106,7 @@ class Description:
     """
 
     path: str
+    n_files: int
     file_bytes: int
     version: int
     alignment: int
@@ -182,14 +184,16 @@ def describe(file: GGUFFile, max_items: int | None = MAX_ITEMS) -> Description:
         max_items: arrays longer than this are not decoded; None: all are.
     Raises:
         BadFile: metadata that has to be decoded is not sound.
-        OSError: the file's size cannot be had.
+        OSError: the size of a file cannot be had.
     """
+    paths = split_files.paths_of(file)
     tensors = tuple(tensor_row(file, info) for info in file.tensors.values())
     alignment = file.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     arch = file.metadata.get("general.architecture", "")
     return Description(
         path=file.path,
-        file_bytes=os.path.getsize(file.path),
+        n_files=len(paths),
+        file_bytes=sum(map(os.path.getsize, paths)),
         version=file.version,
         alignment=alignment if isinstance(alignment, int) else DEFAULT_ALIGNMENT,
         arch=plain_text(arch) if isinstance(arch, str) else "",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile, name_list, plain_text
+from ..models.split_files import PART_NAME
 from .containers import KNOWN_FILES, Contents, Tensors, open_file
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -19,8 +20,6 @@ TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 MODEL_FOLDERS = ("transformer", "unet")  # of a diffusers model
 MAX_JSON_BYTES = 2**26
 MAX_SHARDS = 1000
-
-_SHARD_NAME = re.compile(r".*-(\d{5})-of-(\d{5})\.\w+")
 
 
 def open_path(path: Path) -> Contents:
@@ -41,9 +40,10 @@ def _open_any(path: Path) -> Contents:
         return _open_folder(path)
     if path.name.endswith(".index.json"):
         return _open_index(path)
-    shard = _SHARD_NAME.fullmatch(path.name)
-    if shard and int(shard[2]) > 1 and path.is_file():
-        problem = f"this is one of {int(shard[2])} parts of a model"
+    shard = PART_NAME.fullmatch(path.name)
+    # Of GGUF parts any one stands for all: they say themselves what they are parts of.
+    if shard and int(shard["n_parts"]) > 1 and shard["suffix"].lower() != ".gguf" and path.is_file():
+        problem = f"this is one of {int(shard['n_parts'])} parts of a model"
         raise BadFile(problem, path=path, hint=f"Pass the folder or its *{INDEX_SUFFIX} instead.")
     return open_file(path)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from gguf.constants import GGMLQuantizationType as QType
 
 from ..errors import BadFile, UnsupportedArch, UnsupportedQtype, name_list, plain_text
 from ..models import archs
@@ -54,11 +55,13 @@ class SourceTensor:
         name: the model's own key, without prefixes.
         dtype: precision that the source really has: float32, float16, bfloat16 (also for fp8), an integer type or bool.
         shape: torch order, any number of dimensions; (0,) for markers.
+        qtype: type that it is quantized as already, or None.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    qtype: QType | None = None
 
 
 class Source:
@@ -82,7 +85,7 @@ class Source:
         self.notes = notes
         self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata))
         self.tensors: Mapping[str, SourceTensor] = MappingProxyType(
-            {name: SourceTensor(name, tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+            {name: _describe(name, tensor) for name, tensor in stored.items()}
         )
         self._stored = stored
 
@@ -93,6 +96,17 @@ class Source:
         mapped file that must not be written to.
         """
         return self._stored[name].read()
+
+    def read_blocks(self, name: str) -> Tensor:
+        """The bytes of a tensor that is quantized already: uint8, on any device, not to be written to."""
+        blocks = self._stored[name].blocks
+        if blocks is None:
+            raise ValueError(f"tensor '{name}' is not quantized")
+        return blocks.read()
+
+
+def _describe(name: str, tensor: StoredTensor) -> SourceTensor:
+    return SourceTensor(name, tensor.dtype, tensor.shape, tensor.blocks.qtype if tensor.blocks else None)
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:

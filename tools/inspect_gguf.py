@@ -6,6 +6,7 @@
     python tools/inspect_gguf.py FILE --check          look for scales and plain weights that are nan or inf
     python tools/inspect_gguf.py FILE --diff OTHER     tensor by tensor: types, shapes, errors of the weights
 
+Of a split file any part stands for all parts, which are shown as one file; an offset counts within the tensor's part.
 FILE is A and OTHER is B; the relative error of a tensor is ||B - A|| / ||A|| over its dequantized weights, so the types
 may differ. Shapes are in torch order.
 """
@@ -24,6 +25,7 @@ from typing import Any
 import _pack  # noqa: F401
 from gguf_kit.errors import GGUFError, plain_text
 from gguf_kit.gguf_file import ORIG_SHAPE_KEY, GGUFFile
+from gguf_kit.models.split_files import open_gguf
 from gguf_kit.quantize import compare, inspect
 from gguf_kit.tools._output import one_line, write_out
 from tqdm import tqdm
@@ -35,8 +37,8 @@ exit status:
   2  usage or input error, one line on stderr
 
 --json writes one document:
-  schema (1), file, file_bytes, version, alignment, arch (general.architecture), model (what the tensors are, or ""),
-  weights, tensor_bytes, bpw, qtypes [{qtype, tensors, weights, bytes, bpw}],
+  schema (1), file, files (how many, if it is split), file_bytes, version, alignment, arch (general.architecture),
+  model (what the tensors are, or ""), weights, tensor_bytes, bpw, qtypes [{qtype, tensors, weights, bytes, bpw}],
   metadata [{key, type, items, value}]   value is null for arrays of more than 16 items, unless --metadata is given
   tensors [{name, qtype, shape, stored_shape, bytes, weights, offset}]   not with --no-tensors or --metadata
   --check adds check {tensors, bytes, unchecked {name: reason},
@@ -85,7 +87,7 @@ def progress_bar(file: GGUFFile, label: str) -> Any:
 
 def run(args: argparse.Namespace) -> tuple[str, int]:
     """The text to print and the exit status."""
-    file = GGUFFile(args.file)
+    file = open_gguf(args.file)
     about = inspect.describe(file, None if args.metadata else inspect.MAX_ITEMS)
     if args.diff is not None:
         return run_diff(args, file, about)
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
 
 def run_diff(args: argparse.Namespace, file: GGUFFile, about: inspect.Description) -> tuple[str, int]:
     """The comparison with the other file, and the exit status."""
-    other = GGUFFile(args.diff)
+    other = open_gguf(args.diff)
     about_other = inspect.describe(other)
     with progress_bar(file, "comparing") as bar:
         result = compare.compare(file, other, bar.update)
@@ -140,6 +142,7 @@ def summary_as_json(about: inspect.Description) -> Document:
     """What --json says of a file as a whole."""
     return {
         "file": about.path,
+        "files": about.n_files,
         "file_bytes": about.file_bytes,
         "version": about.version,
         "alignment": about.alignment,
@@ -247,9 +250,10 @@ def show_header(about: inspect.Description) -> list[str]:
     """File, size, model and weights."""
     path = "".join(c if c.isprintable() else "?" for c in about.path)  # whole, unlike by plain_text
     tag = f"tagged '{about.arch}'" if about.arch else "no architecture tag"
+    in_files = f" in {about.n_files} files" if about.n_files > 1 else ""
     return [
         f"file     {path}",
-        f"size     {size_text(about.file_bytes)} ({about.file_bytes:,}), GGUF {about.version}, "
+        f"size     {size_text(about.file_bytes)} ({about.file_bytes:,}){in_files}, GGUF {about.version}, "
         f"alignment {about.alignment}",
         f"model    {about.title or 'not recognised'} ({tag})",
         f"weights  {about.n_weights:,} in {len(about.tensors)} tensors, {about.bpw:.3f} bits per weight",

@@ -236,4 +236,5 @@ def test_other_families_need_no_stand_in(name, tmp_path, monkeypatch):
 
 
 def test_the_part_in_the_folder_is_found(written):
-    assert vision_search.find(written.encoder_file, written.entry) == written.path
+    found = vision_search.find(written.encoder_file, written.entry)
+    assert found.path == str(written.path)

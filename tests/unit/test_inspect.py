@@ -153,7 +153,7 @@ def test_characters_that_the_output_lacks_are_escaped(write, monkeypatch):
 def test_json_fields_stay_as_documented(run, write):
     path = write({"a": floats([1.0, math.nan])}, {"k": (build.F32, math.inf)})
     other = write({"a": floats([1.0, 2.0])}, name="other.gguf")
-    summary = "file file_bytes version alignment arch model weights tensor_bytes bpw qtypes"
+    summary = "file files file_bytes version alignment arch model weights tensor_bytes bpw qtypes"
     document = run(path, "--check", "--json").document
     assert list(document) == ["schema", *summary.split(), "metadata", "tensors", "check"]
     assert document["schema"] == 1

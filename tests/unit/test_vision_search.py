@@ -3,12 +3,16 @@
 
 import logging
 import shutil
+from pathlib import Path
 
+import gguf
 import pytest
+import torch
 from gguf_kit import gguf_file
 from gguf_kit.errors import UnsupportedArch
 from gguf_kit.gguf_file import GGUFFile
 from gguf_kit.models import vision, vision_search
+from gguf_kit.models.values import floats
 from vision_parts import Q, open_encoder, write_part, write_text_encoder
 
 
@@ -25,7 +29,7 @@ class Folder:
 
     def found(self):
         found = vision_search.find(*self.encoder)
-        return found and found.name
+        return found and Path(found.path).name
 
 
 @pytest.mark.parametrize(
@@ -110,6 +114,56 @@ def test_a_crowded_folder_is_not_opened_file_by_file(tmp_path, monkeypatch):
     folder.add("zz.gguf")
     assert folder.found() == "zz.gguf"
     assert len(opened) == 1
+
+
+def split_in_two(path):
+    """Write a GGUF file as two parts and take it away."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(path, "clip", split_max_tensors=len(reader.tensors) - 3)
+    for key in ("general.type", "clip.has_vision_encoder", "clip.vision.projector_type", "clip.projector_type"):
+        field = reader.fields.get(key)
+        if field is not None:
+            writer.add_key_value(key, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data.copy(), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.unlink()
+    return [path.with_name(f"{path.stem}-0000{i}-of-00002.gguf") for i in (1, 2)]
+
+
+@pytest.mark.parametrize("name", ["mmproj-F16.gguf", "vision.gguf"])
+def test_a_part_in_two_files_is_opened_once_and_joined(tmp_path, monkeypatch, name):
+    folder = Folder(tmp_path).add(name)
+    whole = vision.read(GGUFFile(tmp_path / name), *folder.encoder)
+    parts = split_in_two(tmp_path / name)
+    opened = []
+    real = gguf_file.map_file
+    monkeypatch.setattr(gguf_file, "map_file", lambda path: opened.append(path) or real(path))
+    found = vision_search.find(*folder.encoder)
+    assert sorted(opened) == [str(path) for path in parts]
+    state = vision.read(found, *folder.encoder)
+    assert sorted(opened) == [str(path) for path in parts]
+    assert state.keys() == whole.keys()
+    assert all(torch.equal(floats(state[key]), floats(whole[key])) for key in whole)
+
+
+def test_the_other_parts_of_the_encoder_are_no_neighbours(tmp_path, monkeypatch):
+    folder = Folder(tmp_path, "Qwen2.5-VL-00002-of-00003.gguf").add("zz.gguf")
+    for i in (1, 3):
+        shutil.copyfile(folder.encoder[0].path, tmp_path / f"Qwen2.5-VL-0000{i}-of-00003.gguf")
+    looked_at = []
+    real = vision_search._said_clip
+
+    def seen(paths):
+        looked_at.extend(path.name for path in paths)
+        return real(paths)
+
+    monkeypatch.setattr(vision_search, "_said_clip", seen)
+    assert folder.found() == "zz.gguf"
+    assert looked_at == ["zz.gguf"]
 
 
 def test_the_search_never_raises_for_an_encoder_without_a_folder(tmp_path):
