@@ -22,6 +22,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from ..dequant import dequantize_rows
+from .weight_params import WeightParams
 
 HostTensor = getattr(comfy.quant_ops, "QuantizedTensor", torch.Tensor)
 # Asked of the host's class, not of the package: an older host may stand beside an installed comfy_kitchen.
@@ -31,36 +32,15 @@ LAYOUT_NAME = "GGUFLayout"
 SLICE_BYTES = 256 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightParams:
-    """What the bytes of a weight mean.
-
-    Attributes:
-        qtype: how the bytes are encoded.
-        orig_dtype: the float dtype the weight claims to have; changing it moves no data.
-        orig_shape: logical shape in torch order; may differ from the rows of the bytes (comfy.gguf.orig_shape).
-    """
-
-    qtype: GGMLQuantizationType
-    orig_dtype: torch.dtype
-    orig_shape: tuple[int, ...]
-
-    def _tensor_fields(self) -> list[str]:
-        return []
-
-    def to_device(self, device: torch.device) -> WeightParams:
-        return self
-
-    def clone(self) -> WeightParams:
-        return dataclasses.replace(self)
-
-    def copy_from(self, src: WeightParams, non_blocking: bool = False) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, getattr(src, field.name))
-
-
 def _dequantize(qdata: torch.Tensor, params: WeightParams, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_rows(qdata, params.qtype, dtype).reshape(params.orig_shape)
+
+
+def _fill(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """Copy a quantized weight into a float tensor, rounded once to its dtype, and mark that it was quantized."""
+    dst.copy_(dequantize_weight(src, dst.dtype), non_blocking=non_blocking)
+    dst._gguf_was_quantized = True
+    return dst
 
 
 # -- Row operations: a slice of dim 0 is a slice of bytes, so model code that splits a fused qkv keeps it quantized. --
@@ -138,18 +118,37 @@ def _to_device_op(weight: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str,
     return _build(weight._qdata.to(device, **named), dataclasses.replace(weight._params, orig_dtype=dtype))
 
 
+def _view_op(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A view in the mode of its weight: torch counts the versions of both, and inference mode makes what has none."""
+
+    def view(weight: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch.inference_mode(weight.is_inference()):
+            return make(weight, args, kwargs)
+
+    return view
+
+
+def _float_view_op(op: Any) -> Callable[..., Any]:
+    return _view_op(lambda weight, args, kwargs: op(weight.dequantize(), *args[1:], **kwargs))
+
+
+_FLOAT_VIEWS = "unsqueeze view t transpose.int permute expand select.int squeeze squeeze.dim squeeze.dims unbind.int"
 _ROW_OPS: dict[Any, Callable[..., Any]] = {
     # Text generation multiplies with the embedding table: weight.to(x), then linear. Only inference mode gets here.
     torch.ops.aten.to.device: _to_device_op,
     torch.ops.aten.linear.default: _linear_op,
-    torch.ops.aten.slice.Tensor: _slice_op,
+    torch.ops.aten.slice.Tensor: _view_op(_slice_op),
     # Inference mode does not take these apart into slices.
-    torch.ops.aten.narrow.default: _narrow_op,
-    torch.ops.aten.chunk.default: _chunk_op,
-    torch.ops.aten.split.Tensor: _split_op,
-    torch.ops.aten.split.sizes: _split_op,
-    torch.ops.aten.split_with_sizes.default: _split_op,
+    torch.ops.aten.narrow.default: _view_op(_narrow_op),
+    torch.ops.aten.chunk.default: _view_op(_chunk_op),
+    torch.ops.aten.split.Tensor: _view_op(_split_op),
+    torch.ops.aten.split.sizes: _view_op(_split_op),
+    torch.ops.aten.split_with_sizes.default: _view_op(_split_op),
     torch.ops.aten.cat.default: _cat_op,
+} | {
+    op: _float_view_op(op)
+    for name, _, overload in (text.partition(".") for text in _FLOAT_VIEWS.split())
+    for op in [getattr(getattr(torch.ops.aten, name), overload or "default")]
 }
 
 
@@ -189,8 +188,22 @@ if HAS_KITCHEN:
     for _op, _handler in _ROW_OPS.items():
         register_layout_op(_op, GGUFLayout)(_handler)
 
+    class _LoadedWeight(HostTensor):
+        """A weight on its way into a model. Where a module of the host copies it, floats arrive there."""
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.copy_.default and not isinstance(args[0], HostTensor):
+                return _fill(*args)
+            if func is torch.ops.aten.detach.default:  # what nn.Parameter() does, where the host assigns
+                return _view_op(lambda weight, *_: _build_loaded(weight._qdata, weight._params))(args[0], args, {})
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
     def _build(qdata: torch.Tensor, params: WeightParams) -> torch.Tensor:
         return HostTensor(qdata, LAYOUT_NAME, params)
+
+    def _build_loaded(qdata: torch.Tensor, params: WeightParams) -> torch.Tensor:
+        return _LoadedWeight(qdata, LAYOUT_NAME, params)
 
     def is_quantized(tensor: Any) -> bool:
         """Whether `tensor` is a weight of ours that still holds its bytes."""
@@ -280,7 +293,7 @@ else:
     def _copy_op(dst: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         src, non_blocking = args[1], bool(args[2]) if len(args) > 2 else bool(kwargs.get("non_blocking", False))
         if not isinstance(dst, GGUFTensor):
-            return dst.copy_(src.dequantize(), non_blocking=non_blocking)
+            return _fill(dst, src, non_blocking)
         if not isinstance(src, GGUFTensor):
             raise TypeError("a float tensor cannot be copied into a quantized GGUF weight")
         dst._qdata.copy_(src._qdata, non_blocking=non_blocking)
@@ -301,6 +314,8 @@ else:
     def _build(qdata: torch.Tensor, params: WeightParams) -> torch.Tensor:
         return GGUFTensor(qdata, params)
 
+    _build_loaded = _build
+
     def is_quantized(tensor: Any) -> bool:
         """Whether `tensor` is a weight of ours that still holds its bytes."""
         return isinstance(tensor, GGUFTensor)
@@ -320,7 +335,7 @@ def wrap(
         shape: logical shape, torch order.
         dtype: the float dtype to claim. The host reads it when it chooses a model dtype; bfloat16 leaves it free.
     """
-    return _build(data, WeightParams(qtype, dtype, tuple(shape)))
+    return _build_loaded(data, WeightParams(qtype, dtype, tuple(shape)))
 
 
 def as_param(weight: torch.Tensor) -> torch.Tensor:
@@ -330,10 +345,13 @@ def as_param(weight: torch.Tensor) -> torch.Tensor:
 
 
 def with_dtype(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """The same bytes under another claimed float dtype."""
-    if dtype is None or weight._params.orig_dtype == dtype:
-        return weight
-    return _build(weight._qdata, dataclasses.replace(weight._params, orig_dtype=dtype))
+    """The same bytes as a model keeps them, under another claimed float dtype (None: the one they have)."""
+    return _build(weight._qdata, dataclasses.replace(weight._params, orig_dtype=dtype or weight._params.orig_dtype))
+
+
+def filled_from_quantized(tensor: torch.Tensor) -> bool:
+    """Whether the host has copied a quantized weight into this float tensor."""
+    return getattr(tensor, "_gguf_was_quantized", False)
 
 
 def dequantize_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

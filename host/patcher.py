@@ -21,6 +21,7 @@ from comfy.patcher_extension import CallbacksMP
 from .compat import accepted, is_quantized, quantized_modules
 from .lora import PatchRef
 from .native import mark_scaled_fp8
+from .plain import make_plain
 
 _CALLBACK_KEY = "gguf_kit"
 
@@ -119,6 +120,7 @@ def adopt(patcher: Any, reload: tuple[Callable[..., Any], tuple[Any, ...]]) -> N
             gives its patcher.
     """
     patcher.cached_patcher_init = reload
+    make_plain(patcher.model)
     _convert(patcher)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, lambda _, clone: _convert(clone))
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _CALLBACK_KEY, _drop_factors)
