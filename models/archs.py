@@ -36,8 +36,9 @@ __all__ = [
     "strip_prefix",
 ]
 
-# What ComfyUI and others put before the keys of a diffusion model in a whole checkpoint.
-KEY_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# What ComfyUI and others put before the keys of a diffusion model, in a whole checkpoint or alone; one can be within
+# another, as stable-diffusion.cpp writes Anima.
+KEY_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.")
 MIN_PREFIXED = 6  # comfy/model_detection.py, unet_prefix_from_state_dict
 
 # Numbered blocks of an unrecognised model that hold less of its weights than this part feed others; they are kept.
@@ -51,12 +52,12 @@ def strip_prefix(names: Iterable[str]) -> dict[str, str]:
 
     As in ComfyUI, a prefix counts when more than a handful of names have it.
     """
-    names = list(names)
+    found = {name: name for name in names}
     for prefix in KEY_PREFIXES:
-        inside = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+        inside = {key.removeprefix(prefix): name for key, name in found.items() if key.startswith(prefix)}
         if len(inside) >= MIN_PREFIXED:
-            return inside
-    return {name: name for name in names}
+            found = inside
+    return found
 
 
 def find_all(shapes: Shapes) -> list[Arch]:

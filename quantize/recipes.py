@@ -86,8 +86,14 @@ _DOWN = frozenset({Category.FFN_DOWN})
 _HEAVY = _QKV | _DOWN
 
 
+# A table of tokens is rows that are read as they are, by every prompt: never below Q5_K.
+_TOKENS = frozenset({Category.TOKEN_EMBD})
+_TOKEN_TYPES = {QType.Q8_0: QType.Q8_0, QType.IQ3_XXS: QType.Q5_K, QType.IQ2_S: QType.Q5_K, QType.IQ2_XS: QType.Q5_K}
+
+
 def _recipe(file_type: str, base: QType, *rules: Rule, needs_imatrix: bool = False) -> Recipe:
-    return Recipe(LlamaFileType[file_type], base, rules, needs_imatrix)
+    tokens = Rule(_TOKENS, _TOKEN_TYPES.get(base, QType.Q6_K))
+    return Recipe(LlamaFileType[file_type], base, (tokens, *rules), needs_imatrix)
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -137,13 +143,12 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     }
 )
 
-_TOKENS = frozenset({Category.TOKEN_EMBD})
 _ENCODER_VALUES = _VALUES | _QKV
 _ENCODER_HEAVY = _ENCODER_VALUES | _DOWN
 _ENCODER_OUT = _ENCODER_HEAVY | {Category.ATTN_OUTPUT}
 _Q5_DOWN_FIRST = Rule(_DOWN, QType.Q5_K, Place.FIRST)
-# What text encoders have instead of the rules of RECIPES, base type aside: the mixtures of llama.cpp, in whose types
-# people know them. Tables of tokens are rows that are read as they are, by every prompt: never below Q5_K.
+# What text encoders have instead of the rules of RECIPES, base type and tokens aside: the mixtures of llama.cpp, in
+# whose types people know them.
 # Source: llama.cpp src/llama-quant.cpp llama_tensor_get_type, of models whose heads do not share values.
 _ENCODER_RULES: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
     {
@@ -163,14 +168,8 @@ _ENCODER_RULES: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
 )
 
 
-def _encoder_recipe(name: str, recipe: Recipe) -> Recipe:
-    tokens = {QType.Q8_0: QType.Q8_0, QType.IQ3_XXS: QType.Q5_K, QType.IQ2_S: QType.Q5_K, QType.IQ2_XS: QType.Q5_K}
-    rule = Rule(_TOKENS, tokens.get(recipe.base, QType.Q6_K))
-    return replace(recipe, rules=(rule, *_ENCODER_RULES.get(name, ())))
-
-
 ENCODER_RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {name: _encoder_recipe(name, recipe) for name, recipe in RECIPES.items()}
+    {name: replace(recipe, rules=(recipe.rules[0], *_ENCODER_RULES.get(name, ()))) for name, recipe in RECIPES.items()}
 )
 
 # Types that are no mixture: every matrix gets them, embedders too.

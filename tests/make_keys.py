@@ -36,8 +36,9 @@ def build_keys(model: Model) -> dict[str, model_keys.Shape]:
     module, _, name = model.built_by.partition(":")
     made = getattr(importlib.import_module(f"comfy.ldm.{module}"), name)
     operations = importlib.import_module("comfy.ops").disable_weight_init
-    with torch.device("meta"):
-        network = made(**model.config, dtype=torch.bfloat16, device=torch.device("meta"), operations=operations)
+    device = torch.device("cpu" if model.computes else "meta")
+    with device:
+        network = made(**model.config, dtype=torch.bfloat16, device=device, operations=operations)
     return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 
 

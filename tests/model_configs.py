@@ -21,6 +21,7 @@ class Model:
         built_by: module and class below comfy.ldm, as `flux.model:Flux`.
         config: arguments of that class.
         renames: patterns of ComfyUI's keys and what stands there in published files, each applied in turn.
+        computes: building it needs the values of some small tensors; the others take address space, no memory.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Model:
     built_by: str
     config: Mapping[str, Any]
     renames: tuple[Rename, ...] = ()
+    computes: bool = False
 
 
 FLUX = {
@@ -117,6 +119,14 @@ SDXL = SD2 | {
     "transformer_depth_middle": 10,
     "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
 }
+CASCADE_B = {
+    "c_hidden": [320, 576, 1152, 1152],
+    "nhead": [-1, 9, 18, 18],
+    "blocks": [[2, 4, 14, 4], [4, 14, 4, 2]],
+    "block_repeat": [[1, 1, 1, 1], [2, 2, 2, 2]],
+}
+CASCADE_C = {"c_cond": 1536, "c_hidden": [1536, 1536], "nhead": [24, 24], "blocks": [[4, 12], [12, 4]]}
+UNCLIP = {"num_classes": "sequential", "adm_in_channels": 1536}
 REFINER = SDXL | {
     "adm_in_channels": 2560,
     "model_channels": 384,
@@ -272,6 +282,15 @@ ZIMAGE = LUMINA2 | {
     "z_image_modulation": True,
     "pad_tokens_multiple": 32,
 }
+NEWBIE = LUMINA2 | {"n_layers": 36, "cap_feat_dim": 2560, "clip_text_dim": 1024}
+ZIMAGE_PIXELS = ZIMAGE | {"in_channels": 3, "patch_size": 32, "decoder_hidden_size": 3840}
+KANDINSKY5_IMAGE = {
+    "model_dim": 2560,
+    "ff_dim": 10240,
+    "visual_embed_dim": 64,
+    "num_visual_blocks": 50,
+    "axes_dims": (32, 48, 48),
+}
 OMNIGEN2 = {
     "hidden_size": 2520,
     "num_layers": 32,
@@ -280,6 +299,65 @@ OMNIGEN2 = {
     "axes_dim_rope": (40, 40, 40),
     "text_feat_dim": 2048,
 }
+MOCHI = {
+    "depth": 48,
+    "num_heads": 24,
+    "hidden_size_x": 3072,
+    "hidden_size_y": 1536,
+    "mlp_ratio_x": 4.0,
+    "mlp_ratio_y": 4.0,
+    "learn_sigma": False,
+    "in_channels": 12,
+    "qk_norm": True,
+    "qkv_bias": False,
+    "out_bias": True,
+    "use_t5": True,
+}
+HUNYUAN_DIT = {"depth": 40, "hidden_size": 1408, "mlp_ratio": 4.3637}
+SEEDVR2_3B = {"num_layers": 32, "norm_eps": 1e-5, "mlp_type": "swiglu", "vid_out_norm": True}
+ACE_STEP = {
+    "attention_head_dim": 128,
+    "inner_dim": 2560,
+    "mlp_ratio": 2.5,
+    "num_attention_heads": 20,
+    "num_layers": 24,
+    "ssl_encoder_depths": [8, 8],
+    "lyric_encoder_vocab_size": 6693,
+}
+SEEDVR2_7B = {
+    "vid_dim": 3072,
+    "heads": 24,
+    "num_layers": 36,
+    "norm_eps": 1e-5,
+    "rope_type": "rope3d",
+    "rope_dim": 64,
+}
+SVD = UNET | {
+    "in_channels": 8,
+    "context_dim": 1024,
+    "num_head_channels": 64,
+    "use_linear_in_transformer": True,
+    "num_classes": "sequential",
+    "adm_in_channels": 768,
+    "use_temporal_attention": True,
+    "use_temporal_resblock": True,
+    "extra_ff_mix_layer": True,
+    "use_spatial_context": True,
+    "merge_strategy": "learned_with_images",
+    "merge_factor": 0.0,
+    "video_kernel_size": [3, 1, 1],
+    "disable_temporal_crossattention": False,
+}
+STABLE_AUDIO3 = {
+    "num_memory_tokens": 64,
+    "attn_kwargs": {"qk_norm": "rms", "differential": True},
+    "norm_type": "rms_norm",
+    "timestep_features_type": "expo",
+    "local_add_cond_dim": 65,
+    "global_cond_shared_embed": True,
+    "global_cond_type": "adaLN",
+}
+COGVIDEOX_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 
 SCALE_NORMS = ((r"(\.(?:query|key)_norm|\.norms\.\d+|nerf_.*\.norm)\.weight$", r"\1.scale"),)
 TENCENT = (
@@ -306,7 +384,10 @@ MMDIT_CLASS, WAN_CLASS = "modules.diffusionmodules.mmdit:MMDiT", "wan.model:WanM
 HUNYUAN_CLASS, LUMINA_CLASS = "hunyuan_video.model:HunyuanVideo", "lumina.model:NextDiT"
 LTXAV_CLASS, QWEN_CLASS = "lightricks.av_model:LTXAVModel", "qwen_image.model:QwenImageTransformer2DModel"
 CHROMA_CLASS, PREDICT2_CLASS = "chroma.model:Chroma", "cosmos.predict2:MiniTrainDIT"
+PIXART_CLASS = "pixart.pixartms:PixArtMS"
 RADIANCE_CLASS = "chroma_radiance.model:ChromaRadiance"
+AUDIO_CLASS, SEEDVR_CLASS = "audio.dit:AudioDiffusionTransformer", "seedvr.model:NaDiT"
+COGVIDEO_CLASS = "cogvideo.model:CogVideoXTransformer3DModel"
 
 MODELS: dict[str, Model] = {
     "flux-dev": Model("FLUX.1 dev", "Flux", FLUX_CLASS, FLUX, SCALE_NORMS),
@@ -342,6 +423,13 @@ MODELS: dict[str, Model] = {
     "sdxl": Model("Stable Diffusion XL", "SDXL", UNET_CLASS, SDXL),
     "sdxl-refiner": Model("Stable Diffusion XL refiner", "SDXLRefiner", UNET_CLASS, REFINER),
     "sdxl-ssd-1b": Model("SSD-1B", "SSD1B", UNET_CLASS, SDXL | SSD_1B),
+    "sd21-unclip-l": Model("Stable Diffusion 2.1 unCLIP L", "SD21UnclipL", UNET_CLASS, SD2 | UNCLIP),
+    "sd21-unclip-h": Model(
+        "Stable Diffusion 2.1 unCLIP H", "SD21UnclipH", UNET_CLASS, SD2 | UNCLIP | {"adm_in_channels": 2048}
+    ),
+    "lotus-d": Model("Lotus D", "LotusD", UNET_CLASS, SD2 | UNCLIP | {"adm_in_channels": 4}),
+    "cascade-b": Model("Stable Cascade B lite", "Stable_Cascade_B", "cascade.stage_b:StageB", CASCADE_B),
+    "cascade-c": Model("Stable Cascade C lite", "Stable_Cascade_C", "cascade.stage_c:StageC", CASCADE_C),
     "sd3-medium": Model("Stable Diffusion 3 medium", "SD3", MMDIT_CLASS, mmdit(24, 192)),
     "sd35-medium": Model(
         "Stable Diffusion 3.5 medium",
@@ -384,14 +472,81 @@ MODELS: dict[str, Model] = {
         WAN_14B | {"model_type": "camera", "in_dim": 32},
     ),
     "wan21-scail": Model("SCAIL 14B", "WAN21_SCAIL", "wan.model:SCAILWanModel", WAN_14B | {"in_dim": 20}),
+    "wan21-scail2": Model("SCAIL 2 14B", "WAN21_SCAIL2", "wan.model:SCAIL2WanModel", WAN_14B | {"in_dim": 20}),
+    "wan22-dancer": Model(
+        "WanDancer 14B", "WAN22_WanDancer", "wan.model_wandancer:WanDancerModel", WAN_14B | {"in_dim": 36}
+    ),
     "lumina2": Model("Lumina Image 2.0", "Lumina2", LUMINA_CLASS, LUMINA2),
+    "newbie": Model("NewBie image", "Lumina2", LUMINA_CLASS, NEWBIE),
     "zimage": Model("Z-Image", "ZImage", LUMINA_CLASS, ZIMAGE),
+    "zimage-pixels": Model(
+        "Z-Image in pixel space", "ZImagePixelSpace", "lumina.model:NextDiTPixelSpace", ZIMAGE_PIXELS
+    ),
     "qwen-image": Model("Qwen-Image", "QwenImage", QWEN_CLASS, {}),
+    "omnigen2": Model("OmniGen2", "Omnigen2", "omnigen.omnigen2:OmniGen2Transformer2DModel", OMNIGEN2),
+    "krea2": Model("Krea 2", "Krea2", "krea2.model:SingleStreamDiT", {}),
+    "kandinsky5": Model("Kandinsky 5 lite video", "Kandinsky5", "kandinsky5.model:Kandinsky5", {}),
+    "kandinsky5-image": Model(
+        "Kandinsky 5 lite image", "Kandinsky5Image", "kandinsky5.model:Kandinsky5", KANDINSKY5_IMAGE
+    ),
+    "pixart-alpha": Model(
+        "PixArt Alpha",
+        "PixArtAlpha",
+        PIXART_CLASS,
+        {"depth": 28, "num_heads": 16, "micro_condition": True},
+        computes=True,
+    ),
+    "pixart-sigma": Model(
+        "PixArt Sigma",
+        "PixArtSigma",
+        PIXART_CLASS,
+        {"depth": 28, "num_heads": 16, "micro_condition": False, "model_max_length": 300},
+        computes=True,
+    ),
+    "ideogram4": Model("Ideogram 4", "Ideogram4", "ideogram4.model:Ideogram4Transformer2DModel", {}),
+    "boogu": Model("Boogu-Image", "Boogu", "boogu.model:BooguTransformer2DModel", {}),
+    "mochi": Model("Mochi 1 preview", "GenmoMochi", "genmo.joint_model.asymm_models_joint:AsymmDiTJoint", MOCHI),
+    "hunyuan-dit": Model("Hunyuan-DiT 1.2", "HunyuanDiT", "hydit.models:HunYuanDiT", HUNYUAN_DIT),
+    "ernie-image": Model("ERNIE-Image", "ErnieImage", "ernie.model:ErnieImageModel", {}),
+    "lens": Model("Lens", "Lens", "lens.model:LensTransformer2DModel", {}),
+    "mage-flow": Model("Mage-Flow", "MageFlow", "mage_flow.model:MageFlowTransformer2DModel", {}),
+    "joyimage": Model("JoyImage", "JoyImage", "joyimage.model:JoyImageTransformer3DModel", {}),
+    "minimax-h3": Model("MiniMax H3", "MiniMaxH3", "minimax.model:MiniMaxH3Model", {}),
+    "pixeldit": Model("PixelDiT", "PixelDiTT2I", "pixeldit.model:PixDiT_T2I", {}, ((r"^", "core."),)),
+    "pid": Model("PiD, decoder of Flux latents", "PiD", "pixeldit.pid:PidNet", {}),
+    "seedvr2-3b": Model("SeedVR2 3B", "SeedVR2", "seedvr.model:NaDiT", SEEDVR2_3B),
+    "hidream-o1": Model("HiDream-O1", "HiDreamO1", "hidream_o1.model:HiDreamO1Transformer", {}),
+    "ace-step": Model("ACE-Step 1", "ACEStep", "ace.model:ACEStepTransformer2DModel", ACE_STEP),
+    "cogvideox-5b": Model("CogVideoX 5B", "CogVideoX_T2V", "cogvideo.model:CogVideoXTransformer3DModel", COGVIDEOX_5B),
+    "cogvideox15-i2v": Model(
+        "CogVideoX 1.5 5B I2V",
+        "CogVideoX_I2V",
+        COGVIDEO_CLASS,
+        COGVIDEOX_5B | {"in_channels": 32, "patch_size_t": 2, "ofs_embed_dim": 512},
+    ),
+    "svd": Model("Stable Video Diffusion", "SVD_img2vid", UNET_CLASS, SVD),
+    "stable-audio": Model("Stable Audio Open 1.0", "StableAudio", AUDIO_CLASS, {}),
+    "stable-audio3": Model("Stable Audio 3 in the size of Open 1.0", "StableAudio3", AUDIO_CLASS, STABLE_AUDIO3),
+    "ace-step15": Model(
+        "ACE-Step 1.5", "ACEStep15", "ace.ace_step15:AceStepConditionGenerationModel", {}, computes=True
+    ),
+    "minimax-music3": Model("MiniMax Music 3", "MiniMaxMusic3", "minimax_music.dit:MiniMaxMusic3DiT", {}),
+    "seedvr2-7b": Model("SeedVR2 7B", "SeedVR2", SEEDVR_CLASS, SEEDVR2_7B | {"mm_layers": 36, "mlp_type": "normal"}),
+    "seedvr2-7b-shared": Model(
+        "SeedVR2 7B, text and video sharing layers",
+        "SeedVR2",
+        SEEDVR_CLASS,
+        SEEDVR2_7B | {"mm_layers": 10, "mlp_type": "swiglu"},
+    ),
+    "hunyuan3d": Model("Hunyuan3D 2", "Hunyuan3Dv2", "hunyuan3d.model:Hunyuan3Dv2", {}),
+    "hunyuan3d21": Model("Hunyuan3D 2.1", "Hunyuan3Dv2_1", "hunyuan3dv2_1.hunyuandit:HunYuanDiTPlain", {}),
+    "triposplat": Model("TripoSplat", "TripoSplat", "triposplat.model:LatentSeqMMFlowModel", {}),
     # No entry of the pack names these; they stand for what people bring of their own.
-    "other-omnigen2": Model("OmniGen2", "Omnigen2", "omnigen.omnigen2:OmniGen2Transformer2DModel", OMNIGEN2),
-    "other-krea2": Model("Krea 2", "Krea2", "krea2.model:SingleStreamDiT", {}),
-    "other-kandinsky5": Model("Kandinsky 5 lite video", "Kandinsky5", "kandinsky5.model:Kandinsky5", {}),
-    "other-ideogram4": Model("Ideogram 4", "Ideogram4", "ideogram4.model:Ideogram4Transformer2DModel", {}),
+    "other-depth-anything3": Model(
+        "Depth Anything 3, metric", "DepthAnything3", "depth_anything_3.model:DepthAnything3Net", {}
+    ),
+    "other-sam3": Model("SAM 3", "SAM3", "sam3.detector:SAM3Model", {}),
+    "other-sam31": Model("SAM 3.1", "SAM31", "sam3.detector:SAM3Model", {"image_model": "SAM31"}),
 }
 
 

@@ -61,16 +61,65 @@ KNOWN = {
     "wan21-i2v": ("wan", "Wan"),
     "wan21-scail": ("wan", "SCAIL"),
     "wan21-vace": ("wan", "Wan VACE"),
+    "wan21-scail2": ("wan", "SCAIL 2"),
     "wan22-5b": ("wan", "Wan"),
+    "wan22-dancer": ("wan", "WanDancer"),
     "wan22-animate": ("wan", "Wan Animate"),
     "wan22-i2v": ("wan", "Wan"),
     "wan22-s2v": ("wan", "Wan S2V"),
     "zimage": ("z_image", "Z-Image"),
+    "krea2": ("krea2", "Krea 2"),
+    "omnigen2": ("omnigen2", "OmniGen2"),
+    "kandinsky5": ("kandinsky5", "Kandinsky 5"),
+    "ideogram4": ("ideogram4", "Ideogram 4"),
+    "boogu": ("boogu", "Boogu-Image"),
+    "mochi": ("mochi", "Mochi"),
+    "hunyuan-dit": ("hydit", "Hunyuan-DiT"),
+    "ernie-image": ("ernie_image", "ERNIE-Image"),
+    "lens": ("lens", "Lens"),
+    "mage-flow": ("mage_flow", "Mage-Flow"),
+    "joyimage": ("joyimage", "JoyImage"),
+    "minimax-h3": ("minimax_h3", "MiniMax H3"),
+    "pixeldit": ("pixeldit", "PixelDiT"),
+    "seedvr2-3b": ("seedvr2", "SeedVR2"),
+    "hidream-o1": ("hidream_o1", "HiDream-O1"),
+    "ace-step": ("ace", "ACE-Step"),
+    "cogvideox-5b": ("cogvideox", "CogVideoX"),
+    "cogvideox15-i2v": ("cogvideox", "CogVideoX"),
+    "svd": ("svd", "Stable Video Diffusion"),
+    "stable-audio": ("stable_audio", "Stable Audio"),
+    "stable-audio3": ("stable_audio", "Stable Audio"),
+    "ace-step15": ("ace15", "ACE-Step 1.5"),
+    "minimax-music3": ("minimax_music3", "MiniMax Music 3"),
+    "seedvr2-7b": ("seedvr2", "SeedVR2"),
+    "seedvr2-7b-shared": ("seedvr2", "SeedVR2"),
+    "hunyuan3d": ("hunyuan3d", "Hunyuan3D 2"),
+    "hunyuan3d21": ("hunyuan3d", "Hunyuan3D 2.1"),
+    "triposplat": ("triposplat", "TripoSplat"),
+    "sd21-unclip-l": ("sd1", "Stable Diffusion 2.1 unCLIP L"),
+    "sd21-unclip-h": ("sd1", "Stable Diffusion 2.1 unCLIP H"),
+    "lotus-d": ("sd1", "Lotus"),
+    "cascade-b": ("cascade", "Stable Cascade B"),
+    "cascade-c": ("cascade", "Stable Cascade C"),
+    "newbie": ("lumina2", "NewBie"),
+    "zimage-pixels": ("z_image", "Z-Image in pixel space"),
+    "kandinsky5-image": ("kandinsky5", "Kandinsky 5"),
+    "pixart-alpha": ("pixart", "PixArt"),
+    "pixart-sigma": ("pixart", "PixArt"),
+    "pid": ("pid", "PiD"),
 }
 OTHERS = [name for name in model_keys.list_names() if name.startswith("other-")]
 
 # What the widespread loader accepts in general.architecture.
 COMMON_TAGS = set("flux sd1 sdxl sd3 aura hidream cosmos ltxv hyvid wan lumina2 qwen_image".split())
+
+# What its forks and other programs write into files of models that it does not know.
+FORK_TAGS = set("krea2 ideogram4 lens minimax_h3 minimax_music3 mochi pixart".split())
+# No program was seen to write files of these; the tag is the entry's name, and nothing reads it.
+OWN_TAGS = set(
+    "ace ace15 boogu cascade cogvideox ernie_image hidream_o1 hunyuan3d hydit joyimage kandinsky5 mage_flow "
+    "omnigen2 pid pixeldit seedvr2 stable_audio triposplat".split()
+)
 
 # Projections between the blocks of Wan and those of VACE: neither attention nor feed-forward.
 NO_CATEGORY = re.compile(r"vace_blocks\.\d+\.(before|after)_proj\.weight")
@@ -110,7 +159,7 @@ def test_every_stored_list_is_expected_to_be_something():
 
 def test_every_entry_is_somebodys_model():
     unseen = {arch.title for arch in archs.ARCHS} - {title for _, title in KNOWN.values()}
-    assert unseen == {"Stable Diffusion 2.1 unCLIP", "Flux.1 in diffusers layout"}
+    assert unseen == {"Flux.1 in diffusers layout"}
 
 
 def test_the_tiny_flux_is_a_schnell():
@@ -136,9 +185,10 @@ def test_every_tensor_has_a_role_and_a_place(name):
 
 @pytest.mark.parametrize("name", [*KNOWN, *OTHERS])
 def test_every_matrix_in_a_block_has_a_category_of_its_own(name):
+    """Of layers, that is: parameters that are no layer's weight are never quantized, whatever their category."""
     shapes, roles = roles_of(name)
     for key, role in roles.items():
-        if len(shapes[key]) > 1 and role.n_blocks and not role.f32:
+        if len(shapes[key]) > 1 and role.n_blocks and not role.f32 and key.endswith(".weight"):
             assert role.category not in (*KEPT, C.OTHER) or NO_CATEGORY.fullmatch(key), key
 
 
@@ -147,7 +197,8 @@ def test_outside_the_blocks_is_what_feeds_or_follows_them(name):
     _, roles = roles_of(name)
     outside = Counter(role.category for role in roles.values() if not role.n_blocks)
     shared_modulation = {C.MODULATION} if name.startswith("flux2") else set()
-    assert set(outside) == {C.EMBED, C.OUTPUT} | shared_modulation
+    tokens = {C.TOKEN_EMBD} if name == "hidream-o1" else set()
+    assert set(outside) == {C.EMBED, C.OUTPUT} | shared_modulation | tokens
 
 
 @pytest.mark.parametrize(
@@ -235,14 +286,51 @@ def test_outside_the_blocks_is_what_feeds_or_follows_them(name):
         ("qwen-image", "transformer_blocks.59.txt_mlp.net.2.weight", C.FFN_DOWN, 59, 60),
         ("qwen-image", "transformer_blocks.0.attn.to_add_out.weight", C.ATTN, 0, 60),
         ("qwen-image", "norm_out.linear.weight", C.OUTPUT, -1, 0),
-        ("other-krea2", "blocks.27.attn.wv.weight", C.ATTN_V, 27, 28),
-        ("other-krea2", "blocks.27.attn.gate.weight", C.ATTN, 27, 28),
-        ("other-krea2", "blocks.27.mlp.down.weight", C.FFN_DOWN, 27, 28),
-        ("other-krea2", "last.linear.weight", C.OUTPUT, -1, 0),
-        ("other-omnigen2", "layers.31.feed_forward.linear_2.weight", C.FFN_DOWN, 31, 32),
-        ("other-kandinsky5", "visual_transformer_blocks.31.self_attention.to_value.weight", C.ATTN_V, 31, 32),
-        ("other-ideogram4", "layers.33.attention.qkv.weight", C.ATTN_QKV, 33, 34),
-        ("other-ideogram4", "llm_cond_proj.weight", C.EMBED, -1, 0),
+        ("krea2", "blocks.27.attn.wv.weight", C.ATTN_V, 27, 28),
+        ("krea2", "blocks.27.attn.gate.weight", C.ATTN, 27, 28),
+        ("krea2", "blocks.27.mlp.down.weight", C.FFN_DOWN, 27, 28),
+        ("krea2", "last.linear.weight", C.OUTPUT, -1, 0),
+        ("omnigen2", "layers.31.feed_forward.linear_2.weight", C.FFN_DOWN, 31, 32),
+        ("kandinsky5", "visual_transformer_blocks.31.self_attention.to_value.weight", C.ATTN_V, 31, 32),
+        ("ideogram4", "layers.33.attention.qkv.weight", C.ATTN_QKV, 33, 34),
+        ("ideogram4", "llm_cond_proj.weight", C.EMBED, -1, 0),
+        ("svd", "input_blocks.1.1.transformer_blocks.0.attn1.to_v.weight", C.ATTN_V, 0, 16),
+        ("svd", "output_blocks.11.1.time_stack.0.attn2.to_v.weight", C.ATTN_V, 15, 16),
+        ("svd", "input_blocks.1.1.time_stack.0.ff_in.net.2.weight", C.FFN_DOWN, 0, 16),
+        ("svd", "middle_block.0.time_stack.in_layers.2.weight", C.CONV, 11, 26),
+        ("svd", "input_blocks.1.1.time_pos_embed.2.weight", C.MODULATION, 0, 26),
+        ("wan22-dancer", "music_injector.injector.7.v.weight", C.ATTN_V, 7, 8),
+        ("wan22-dancer", "head_global.head.weight", C.OUTPUT, -1, 0),
+        ("wan22-dancer", "music_encoder.1.self_attn.v_proj.weight", C.EMBED, -1, 0),
+        ("seedvr2-7b", "blocks.35.attn.proj_qkv.txt.weight", C.ATTN_QKV, 35, 36),
+        ("seedvr2-7b", "blocks.35.mlp.vid.proj_out.weight", C.FFN_DOWN, 35, 36),
+        ("seedvr2-7b-shared", "blocks.35.mlp.all.proj_in_gate.weight", C.FFN, 35, 36),
+        ("cogvideox15-i2v", "blocks.41.v.weight", C.ATTN_V, 41, 42),
+        ("cogvideox15-i2v", "ofs_embedding_linear_1.weight", C.EMBED, -1, 0),
+        ("ace-step15", "decoder.layers.23.cross_attn.v_proj.weight", C.ATTN_V, 23, 24),
+        ("ace-step15", "encoder.timbre_encoder.layers.3.mlp.down_proj.weight", C.FFN_DOWN, 11, 12),
+        ("ace-step15", "detokenizer.layers.0.mlp.down_proj.weight", C.EMBED, -1, 0),
+        ("ace-step15", "decoder.proj_out.1.weight", C.OUTPUT, -1, 0),
+        ("stable-audio", "transformer.layers.23.self_attn.to_qkv.weight", C.ATTN_QKV, 23, 24),
+        ("stable-audio", "transformer.layers.0.cross_attn.to_kv.weight", C.ATTN_QKV, 0, 24),
+        ("stable-audio", "transformer.layers.0.ff.ff.0.proj.weight", C.FFN, 0, 24),
+        ("stable-audio", "transformer.layers.0.ff.ff.2.weight", C.FFN_DOWN, 0, 24),
+        ("stable-audio", "transformer.project_out.weight", C.OUTPUT, -1, 0),
+        ("stable-audio3", "transformer.layers.0.to_local_embed.2.weight", C.MODULATION, 0, 24),
+        ("stable-audio3", "transformer.global_cond_embedder.2.weight", C.EMBED, -1, 0),
+        ("minimax-music3", "diffusion_transformer.transformer.layers.35.ff.ff.2.weight", C.FFN_DOWN, 35, 36),
+        ("minimax-music3", "latent_conditioners.0.weight", C.EMBED, -1, 0),
+        ("hunyuan3d", "single_blocks.31.linear1.weight", C.ATTN_QKV, 31, 32),
+        ("hunyuan3d", "cond_in.weight", C.EMBED, -1, 0),
+        ("hunyuan3d21", "blocks.20.attn2.to_v.weight", C.ATTN_V, 20, 21),
+        ("hunyuan3d21", "blocks.20.moe.experts.7.net.2.weight", C.FFN_DOWN, 20, 21),
+        ("hunyuan3d21", "blocks.20.moe.shared_experts.net.0.proj.weight", C.FFN, 20, 21),
+        ("hunyuan3d21", "blocks.20.skip_linear.weight", C.FFN, 20, 21),
+        ("triposplat", "blocks.23.mlp.mlp.2.weight", C.FFN_DOWN, 23, 24),
+        ("triposplat", "noise_refiner.1.mlp.mlp.2.weight", C.EMBED, -1, 0),
+        ("triposplat", "cam_out_layer.weight", C.OUTPUT, -1, 0),
+        ("other-depth-anything3", "backbone.encoder.layer.23.attention.attention.value.weight", C.ATTN_V, 23, 24),
+        ("other-depth-anything3", "backbone.encoder.layer.0.attention.output.dense.weight", C.ATTN, 0, 24),
     ],
 )
 def test_role(name, key, category, block, n_blocks):
@@ -251,12 +339,16 @@ def test_role(name, key, category, block, n_blocks):
 
 @pytest.mark.parametrize("name", [*KNOWN, *OTHERS])
 def test_values_are_found_where_queries_are(name):
+    """As a matrix of their own, or in one with the keys."""
     shapes, roles = roles_of(name)
-    matrices = [(key, roles[key]) for key in shapes if len(shapes[key]) > 1]
-    is_query = re.compile(r".*(to_q|to_query|\.q|\.q_proj|w\dq|wq)(\.0)?\.weight")
+    matrices = [(key, roles[key]) for key in shapes if len(shapes[key]) > 1 and roles[key].n_blocks]
+    is_query = re.compile(r".*(to_q|to_query|linear_q|\.q|\.query|\.q_proj|q_linear|w\dq|wq)(\.0)?\.weight")
+    has_values = re.compile(r".*([._]kv|kv_proj|kv_linear)\.weight")
     queries = {(r.block, r.n_blocks) for key, r in matrices if is_query.fullmatch(key)}
     values = {(r.block, r.n_blocks) for _, r in matrices if r.category is C.ATTN_V}
-    assert queries - {(-1, 0)} == values
+    fused = {(r.block, r.n_blocks) for key, r in matrices if r.category is C.ATTN_QKV and has_values.fullmatch(key)}
+    assert queries <= values | fused
+    assert values <= queries
     assert values or any(role.category is C.ATTN_QKV for _, role in matrices)
 
 
@@ -275,6 +367,15 @@ def test_values_are_found_where_queries_are(name):
         ("cosmos1-7b", r"extra_pos_embedder\.pos_emb_\w"),
         ("zimage", r"(x|cap)_pad_token"),
         ("aura", r"register_tokens"),
+        ("wan22-dancer", r"head_global\.modulation"),
+        ("seedvr2-7b", r"(positive|negative)_conditioning"),
+        ("ace-step15", r"decoder\.layers\.\d+\.scale_shift_table|null_condition_emb|detokenizer\.special_tokens"),
+        ("stable-audio", r"timestep_features\.weight"),
+        ("stable-audio3", r"transformer\.memory_tokens"),
+        ("minimax-music3", r"diffusion_transformer\.timestep_features\.weight"),
+        ("hunyuan3d21", r"blocks\.\d+\.moe\.gate\.weight"),
+        ("triposplat", r"(blocks\.\d+\.)?shift_table"),
+        ("triposplat", r"(blocks|context_refiner)\.\d+\.attn\.[qk]_norm\.gamma"),
         ("chroma", r"distilled_guidance_layer\.in_proj\.weight|img_in\.weight|final_layer\.linear\.weight"),
     ],
 )
@@ -286,13 +387,24 @@ def test_bare_parameters_and_gates_stay_float32(name, pattern):
     assert n_weights(shapes, roles, lambda role: role.f32) < 0.003 * sum(map(prod, shapes.values()))
 
 
-# Part of the weights that keeps their precision, in percent, where it is more than 4.
+# Part of the weights that keeps its precision, in percent, where it is more than 4, and what that is.
 MUCH_KEPT = {
-    "chroma-radiance": (9, 10),  # the decoder to pixels
-    "lumina2": (12, 14),  # refiners of noise and text
-    "sd35-medium": (9, 11),  # a table of positions
-    "wan21-camera": (4, 5),
-    "zimage": (11, 13),
+    "chroma-radiance": 9.4,  # the decoder to pixels, and what makes the modulation of all blocks
+    "lumina2": 13.0,  # refiners of noise and text
+    "newbie": 9.8,
+    "zimage": 11.8,
+    "zimage-pixels": 16.5,  # these refiners and the decoder to pixels
+    "omnigen2": 15.6,  # refiners of noise, references and text
+    "boogu": 10.3,
+    "triposplat": 18.4,  # refiners of noise and picture, a model of 0.4 G weights
+    "sd35-medium": 10.0,  # a table of positions
+    "wan21-camera": 4.4,  # convolutions over the camera's path
+    "kandinsky5": 4.9,  # the blocks of the text
+    "hunyuan-dit": 4.1,  # what T5's text comes in by
+    "pid": 5.0,  # gates and convolutions of the picture that is made larger
+    "ace-step": 4.7,  # projectors for training
+    "ace-step15": 11.7,  # what turns sound into tokens and back
+    "hidream-o1": 6.1,  # what sees pictures, as in text encoders
 }
 
 
@@ -300,8 +412,10 @@ MUCH_KEPT = {
 def test_little_keeps_its_precision(name):
     shapes, roles = roles_of(name)
     percent = 100 * n_weights(shapes, roles, is_kept) / sum(map(prod, shapes.values()))
-    least, most = MUCH_KEPT.get(name, (0.05, 4))
-    assert least < percent < most
+    if name in MUCH_KEPT:
+        assert percent == pytest.approx(MUCH_KEPT[name], abs=0.06)
+    else:
+        assert 0.05 < percent < 4
 
 
 @pytest.mark.parametrize(
@@ -320,39 +434,50 @@ def test_flux_dev_has_the_published_sizes(bits, gigabytes):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_files_carry_a_tag_that_other_loaders_know(name):
-    assert archs.detect(read_keys(name)).tag in COMMON_TAGS
+    assert archs.detect(read_keys(name)).tag in COMMON_TAGS | FORK_TAGS | OWN_TAGS
+
+
+def test_every_tag_is_somebodys():
+    assert {archs.detect(read_keys(name)).tag for name in KNOWN} == COMMON_TAGS | FORK_TAGS | OWN_TAGS
 
 
 def test_only_unets_store_kernels_as_rows():
-    assert {arch.name for arch in (*archs.ARCHS, archs.GENERIC) if arch.reshape_conv} == {"sd1", "sdxl"}
+    assert {arch.name for arch in (*archs.ARCHS, archs.GENERIC) if arch.reshape_conv} == {"sd1", "sdxl", "svd"}
 
 
-# Where the generic policy keeps more than the entry does: at most this part of the weights, in percent.
+# Where the generic policy keeps more matrices of layers than the entry does: percent of the weights, and which.
 GENERIC_KEEPS_MORE = {
-    "anima": 5,  # the adapter
-    "flux2-dev": 2,  # modulation that all blocks share
-    "flux2-klein-4b": 4,
-    "flux2-klein-9b": 3,
-    "ltx2": 4,  # connectors
-    "ltx23": 10,
-    "sdxl-ssd-1b": 3,  # a middle that is too small for a stack
-    "wan22-animate": 5,  # the face adapter
-    "wan22-s2v": 4,  # layers without a name of their own
+    "anima": 4.8,  # the adapter
+    "flux2-dev": 1.8,  # modulation that all blocks share
+    "flux2-klein-4b": 3.7,
+    "flux2-klein-9b": 2.8,
+    "ltx2": 3.6,  # connectors
+    "ltx23": 9.6,
+    "krea2": 2.7,  # what joins the layers of the text encoder
+    "ace-step": 2.5,  # the encoder of lyrics
+    "hidream-o1": 7.7,  # the table of tokens
+    "sdxl-ssd-1b": 2.3,  # a middle that is too small for a stack
+    "wan22-animate": 4.9,  # the face adapter
+    "wan22-dancer": 4.9,  # the music injector
+    "wan22-s2v": 3.9,  # layers without a name of their own
 }
-# And where it keeps less: the decoder to pixels, routers, and the first convolution, whose rows no type can hold.
-GENERIC_KEEPS_LESS = re.compile(r"nerf_blocks\.\d+\..*|.*\.ff_i\.gate\.weight|input_blocks\.0\.0\.weight")
+# And where it keeps less: the decoder to pixels, routers, what sees pictures, and the first convolution, whose rows no
+# type can hold.
+GENERIC_KEEPS_LESS = re.compile(
+    r"nerf_blocks\.\d+\..*|.*\.(ff_i|moe)\.gate\.weight|visual\.blocks\..*|input_blocks\.0\.0\.weight"
+)
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_generic_policy_keeps_nearly_what_the_entry_keeps(name):
     shapes, own = roles_of(name)
     _, generic = roles_of(name, is_generic=True)
-    matrices = [key for key, shape in shapes.items() if len(shape) > 1]
+    matrices = [key for key, shape in shapes.items() if len(shape) > 1 and key.endswith(".weight")]
     less = [key for key in matrices if is_kept(own[key]) and not is_kept(generic[key])]
     more = [key for key in matrices if is_kept(generic[key]) and not is_kept(own[key])]
     assert [key for key in less if not GENERIC_KEEPS_LESS.fullmatch(key)] == []
     percent = 100 * sum(prod(shapes[key]) for key in more) / sum(map(prod, shapes.values()))
-    assert percent <= GENERIC_KEEPS_MORE.get(name, 0)
+    assert percent == pytest.approx(GENERIC_KEEPS_MORE.get(name, 0), abs=0.06)
 
 
 def test_every_pattern_of_the_table_is_of_use():
@@ -368,5 +493,12 @@ def test_every_pattern_of_the_table_is_of_use():
         assert any(re.fullmatch(pattern, part) for part in parts), pattern
 
 
-# Of variants that are not stored: first-and-last-frame Wan, Z-Image in pixels, LTX-2.5, SD 3 with registers.
-UNSEEN = {r"img_emb\.emb_pos", r"dec_net\..*", r"keyframes_abs_pos_embedding", r"register", r"\w+_pad_token"}
+# Of variants that are not stored, or of files but not of the host's class, which computes it.
+UNSEEN = {
+    r"img_emb\.emb_pos",  # Wan with a first and a last frame
+    r"keyframes_abs_pos_embedding",  # LTX-2.5
+    r"register",  # SD 3
+    r"adaln_t_table",  # MiniMax H3 with modulation over a table of time
+    r"patch_embed\.pos_embedding",  # CogVideoX 5B I2V
+    r"pos_embed",  # PixArt
+}

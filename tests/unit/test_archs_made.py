@@ -33,7 +33,8 @@ def test_unclip_is_no_video_model():
         "label_emb.0.0.weight": (1280, 2048),
     }
     assert [arch.name for arch in archs.find_all(unclip)] == ["sd1"]
-    assert not archs.find_all(unclip | {"input_blocks.1.1.time_stack.0.attn1.to_q.weight": (320, 320)})
+    video = unclip | {"input_blocks.1.1.time_stack.0.attn1.to_q.weight": (320, 320)}
+    assert [arch.name for arch in archs.find_all(video)] == ["svd"]
 
 
 @pytest.mark.parametrize(
