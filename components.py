@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files in, the host's objects out, for all that is neither a diffusion model nor a text encoder.
+
+VAEs, CLIP vision models, ControlNets, LoRAs, model patches and latent upscale models. Where the host lets us choose
+the layers of a kind, weights stay quantized in memory; else they are dequantized as they are read, and a line of the
+log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MethodType
+from typing import Any, TypeVar
+
+import comfy.clip_vision
+import comfy.controlnet
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import torch
+
+from .dequant import PLAIN_DTYPES
+from .errors import UnsupportedArch
+from .host.compat import accepted, host_version, is_quantized, wrap
+from .host.layer import QuantizedLayer
+from .host.node_functions import find_loader, run_loader
+from .host.patcher import adopt
+from .loader import LoadInfo, load_component
+from .models import kinds
+from .models.kinds import Kind
+from .models.values import QuantizedBytes, StateDict
+from .ops import make_ops
+from .service import HOST_ERRORS, cannot_build, incomplete, to_host
+
+log = logging.getLogger("gguf_kit")
+
+Tensors = dict[str, torch.Tensor]
+T = TypeVar("T")
+
+_PLAIN_NAMES = frozenset(qtype.name for qtype in PLAIN_DTYPES)
+# Host's parameters with other keys in older files, which torch itself renames as it loads them.
+_RENAMED_BY_TORCH = ".parametrizations."
+
+
+# -- what the kinds share --
+
+
+def to_floats(values: StateDict, dtype: torch.dtype = torch.float32, *, own_memory: bool = False) -> Tensors:
+    """A state dict without quantized weights: those in `dtype`, all others as stored.
+
+    Args:
+        own_memory: nothing is a view of the file, for code that computes in place.
+    """
+    floats = {key: v.dequantize(dtype) if isinstance(v, QuantizedBytes) else v for key, v in values.items()}
+    if own_memory:
+        floats = {key: f if isinstance(values[key], QuantizedBytes) else f.clone() for key, f in floats.items()}
+    return floats
+
+
+def _say_dequantized(info: LoadInfo, what: str) -> None:
+    """Tell, once a load, that a quantized file saves disk space here and no memory."""
+    if {*info.qtypes} - _PLAIN_NAMES:
+        name = os.path.basename(info.path)
+        log.info("%s: ComfyUI takes no quantized %s, so its weights were dequantized as they were read", name, what)
+
+
+def _build(info: LoadInfo, values: StateDict, kind: Kind, build: Callable[[], T | None]) -> T:
+    """What the host builds, or one sentence about why it cannot."""
+    error: Exception | None = None
+    try:
+        built = build()
+    except comfy.model_management.OOM_EXCEPTION:
+        raise
+    except UnboundLocalError:  # what is left of a host's chain of ifs when none of them fits
+        built = None
+    except HOST_ERRORS as failure:
+        built, error = None, failure
+    if built is not None:
+        return built
+    found = kinds.what_is({key: tuple(value.shape) for key, value in values.items()})
+    if found is not None and found is not kind:
+        raise _wrong_kind(info, found, kind)
+    if error is not None:
+        raise cannot_build(info.path, error) from error
+    raise UnsupportedArch(
+        f"ComfyUI {host_version()} does not recognise it as {kind.title} (general.architecture '{info.arch}')",
+        path=info.path,
+        hint="This ComfyUI may be too old for it, or the file was converted for another program.",
+    )
+
+
+def _wrong_kind(info: LoadInfo, found: Kind, wanted: Kind) -> UnsupportedArch:
+    return UnsupportedArch(f"it is {found.title}, not {wanted.title}", path=info.path, hint=f'Use "{found.node}".')
+
+
+def _missing_in_parts(model: torch.nn.Module, keys: Collection[str]) -> list[str]:
+    """Parameters that a file lacks of the parts that it has; a part is all that has the same first name.
+
+    A whole part may be absent: there are VAEs without encoder, and the host says so itself. It also may put or take a
+    name in front of the file's keys, so keys are compared by their ends.
+    """
+    ends = {end for key in keys for end in _ends(key)}
+    missing: dict[str, list[str]] = {}
+    present = set()
+    for name, _ in model.named_parameters():
+        part = name.partition(".")[0]
+        if name in ends or any(end in keys for end in _ends(name)):
+            present.add(part)
+        elif _RENAMED_BY_TORCH not in name:
+            missing.setdefault(part, []).append(name)
+    return sorted(name for part, names in missing.items() if part in present for name in names)
+
+
+def _ends(name: str) -> Iterable[str]:
+    """The name and what is left of it without its first, its first two, ... parts."""
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in range(len(parts)))
+
+
+def _without_dynamic(patcher: Any, disable_dynamic: bool) -> Any:
+    """The same model under the host's ordinary patcher, if that is asked for."""
+    if not disable_dynamic or not getattr(patcher, "is_dynamic", bool)():
+        return patcher
+    return comfy.model_patcher.ModelPatcher(patcher.model, patcher.load_device, patcher.offload_device)
+
+
+# -- VAE --
+
+_VAE_PREFIXES = ("first_stage_model.", "vae.")
+
+
+def load_vae(path: str) -> Any:
+    """A VAE of a GGUF file as the host's VAE; its quantized weights pass through float32 to the dtype the host chooses.
+
+    Raises:
+        GGUFError: with one sentence for the user.
+    """
+    values, info = load_component(path)
+    values = _strip_common(values, _VAE_PREFIXES)
+    state = to_floats(values)
+    keys = _vae_keys(state)
+    metadata = dict(info.metadata) or None
+
+    def build() -> Any:
+        vae = comfy.sd.VAE(sd=state, **accepted(comfy.sd.VAE.__init__, metadata=metadata))
+        return vae if vae.first_stage_model is not None else None
+
+    vae = _build(info, values, kinds.VAE, build)
+    missing = _missing_in_parts(vae.first_stage_model, keys)
+    if missing:
+        raise incomplete(path, missing)
+    vae.patcher.cached_patcher_init = (_vae_patcher, (path,))
+    _say_dequantized(info, "VAE")
+    return vae
+
+
+def _vae_patcher(path: str, disable_dynamic: bool = False) -> Any:
+    vae = load_vae(path)
+    if disable_dynamic:  # until they are used, weights under dynamic VRAM have the types of the file
+        vae.first_stage_model.to(vae.vae_dtype)
+    return _without_dynamic(vae.patcher, disable_dynamic)
+
+
+def _vae_keys(state: Mapping[str, torch.Tensor]) -> set[str]:
+    """The keys of a VAE as the host will have them: it renames those of diffusers."""
+    if "decoder.up_blocks.0.resnets.0.norm1.weight" not in state:
+        return {*state}
+    metas = {key: torch.empty(value.shape, device="meta") for key, value in state.items()}
+    return {*state, *comfy.sd.diffusers_convert.convert_vae_state_dict(metas)}
+
+
+def _strip_common(values: StateDict, prefixes: Iterable[str]) -> StateDict:
+    """The same without a prefix that all keys have."""
+    for prefix in prefixes:
+        if all(key.startswith(prefix) for key in values):
+            return {key.removeprefix(prefix): value for key, value in values.items()}
+    return values
+
+
+# -- CLIP vision --
+
+_OPEN_CLIP = "visual.transformer.resblocks.0.attn.in_proj_weight"
+
+
+def load_clip_vision(path: str) -> Any:
+    """A vision model of a GGUF file as the host's CLIP_VISION, dequantized in the dtype that the host computes in.
+
+    Raises:
+        GGUFError: with one sentence for the user.
+    """
+    values, info = load_component(path)
+    device = comfy.model_management.text_encoder_device()
+    state = to_floats(values, comfy.model_management.text_encoder_dtype(device))
+    if _OPEN_CLIP in state:
+        state = comfy.clip_vision.convert_to_transformers(state, "visual.")
+    keys = {*state}
+    model = _build(info, values, kinds.CLIP_VISION, lambda: comfy.clip_vision.load_clipvision_from_sd(state))
+    missing = _missing_in_parts(model.model, keys)
+    if missing:
+        raise incomplete(path, missing)
+    _say_dequantized(info, "CLIP vision model")
+    return model
+
+
+# -- ControlNet --
+
+# Of these the host takes the tensors as they are: Control-LoRAs, T2I-Adapters.
+_FLOAT_CONTROLS = re.compile(r"lora_controlnet|(adapter\.)?body\..*|backbone\..*")
+_DIFFERENCE = "difference"
+# By the name of the file the host knows a ControlNet whose outputs it has to average; a type may follow in ours.
+_AVERAGED = re.compile(r".*_shuffle(_fp16)?([-_.]+(I?Q\d\w*|B?F16|F32))?", re.IGNORECASE | re.DOTALL)
+# What the host takes from the diffusion model when a ControlNet is used.
+_FROM_MODEL = ("x_embedder.", "orig_y_embedder.")
+
+
+def load_controlnet(path: str, model: Any = None) -> Any:
+    """A ControlNet, Control-LoRA or T2I-Adapter of a GGUF file as the host's control object.
+
+    Args:
+        model: the host's MODEL, for a ControlNet that is stored as the difference to its weights.
+
+    Raises:
+        GGUFError: with one sentence for the user.
+    """
+    values, info = load_component(path)
+    if _DIFFERENCE in values and model is None:
+        raise UnsupportedArch(
+            "this ControlNet is stored as the difference to a model", path=path, hint="Connect that model to the node."
+        )
+    options: dict[str, Any] = {}
+    if _AVERAGED.fullmatch(os.path.splitext(os.path.basename(path))[0]):
+        options["global_average_pooling"] = True
+    keeps_bytes = not _needs_floats(values)
+    if keeps_bytes:
+        options["custom_operations"] = make_ops()
+    state = to_host(values) if keeps_bytes else to_floats(values, own_memory=_DIFFERENCE in values)
+    load = comfy.controlnet.load_controlnet_state_dict
+    control = _build(info, values, kinds.CONTROLNET, lambda: load(state, model, options))
+    _check_control(path, control)
+    if keeps_bytes:
+        adopt(control.control_model_wrapped, (_controlnet_patcher, (path,)))
+    else:
+        _say_dequantized(info, "ControlNet of this kind")
+    return control
+
+
+def _controlnet_patcher(path: str, disable_dynamic: bool = False) -> Any:
+    patcher = _without_dynamic(load_controlnet(path).control_model_wrapped, disable_dynamic)
+    adopt(patcher, (_controlnet_patcher, (path,)))
+    return patcher
+
+
+def _needs_floats(values: StateDict) -> bool:
+    """Whether the host computes with the tensors of this ControlNet before, or without, putting them into layers."""
+    if _DIFFERENCE in values or any(map(_FLOAT_CONTROLS.fullmatch, values)):
+        return True
+    metas = {key: torch.empty(value.shape, device="meta") for key, value in values.items()}
+    try:
+        return comfy.model_detection.convert_diffusers_mmdit(metas, "") is not None
+    except HOST_ERRORS:  # not for this kind; what it cannot convert, it does not convert when it loads either
+        return False
+
+
+def _check_control(path: str, control: Any) -> None:
+    """Refuse a ControlNet that lacks parameters which nothing else fills."""
+    model = getattr(control, "control_model", None)
+    if model is None:  # a T2I-Adapter, which the host refuses itself, or a Control-LoRA, which is no whole model
+        return
+    is_filled = isinstance(control, comfy.controlnet.ControlNetSD35)
+    missing = [f"{name}.{last}" for name, module in model.named_modules() for last in getattr(module, "missing", ())]
+    missing = sorted(name for name in missing if not (is_filled and name.startswith(_FROM_MODEL)))
+    if missing:
+        raise incomplete(path, missing)
+
+
+# -- LoRA --
+
+
+def load_lora(path: str) -> tuple[Tensors, Mapping[str, str]]:
+    """A LoRA of a GGUF file: tensors under the keys of its safetensors file, quantized ones in float32, and metadata.
+
+    float32 because the factors of a Q8_0 block, a scale in float16 and integers of 8 bits, have products of 18 bits.
+
+    Raises:
+        GGUFError: with one sentence for the user.
+    """
+    values, info = load_component(path)
+    lora = to_floats(values)
+    _build(info, values, kinds.LORA, lambda: _is_lora(lora) or None)
+    _say_dequantized(info, "LoRA")
+    return lora, info.metadata
+
+
+def _is_lora(lora: Tensors) -> bool:
+    """Whether the host reads a patch from any of these keys, whatever model it is for."""
+    converted = comfy.lora_convert.convert_lora(lora)
+    starts = ([key[:i] for i, char in enumerate(key) if char == "."] for key in converted)
+    return any(comfy.lora.load_lora(converted, {start: start for start in of_key}, False) for of_key in starts)
+
+
+def apply_lora(
+    lora: tuple[Tensors, Mapping[str, str]], model: Any, clip: Any, strength_model: float, strength_clip: float
+) -> tuple[Any, Any]:
+    """Clones of the host's MODEL and CLIP (either may be None) with a LoRA of load_lora()."""
+    tensors, metadata = lora
+    load = comfy.sd.load_lora_for_models
+    patched: tuple[Any, Any] = load(
+        model, clip, tensors, strength_model, strength_clip, **accepted(load, lora_metadata=dict(metadata) or None)
+    )
+    return patched
+
+
+# -- model patches and latent upscale models --
+
+# What a patch keeps of these for later, the host uses as plain tensors.
+_HELD_BACK = "first_stage_model."
+
+
+def load_model_patch(path: str, *, disable_dynamic: bool = False) -> Any:
+    """A model patch (a ControlNet, adapter or head beside a diffusion model) of a GGUF file as the host's patcher.
+
+    Raises:
+        GGUFError: with one sentence for the user.
+    """
+    values, info = load_component(path)
+    loader = _host_loader(path, "ModelPatchLoader", kinds.MODEL_PATCH)
+    state, metadata, ops = _patch_state(values), dict(info.metadata) or None, make_ops()
+    patcher = _build(info, values, kinds.MODEL_PATCH, lambda: run_loader(loader, path, state, metadata, ops))
+    _take_default_dtype(patcher.model)
+    patcher = _without_dynamic(patcher, disable_dynamic)
+    adopt(patcher, (load_model_patch, (path,)))
+    return patcher
+
+
+def _patch_state(values: StateDict) -> Tensors:
+    """A model patch for the host: quantized, and claiming float32, lest newer hosts round all else to bfloat16."""
+    held_back = to_floats({key: value for key, value in values.items() if key.startswith(_HELD_BACK)})
+    as_bytes = {
+        key: wrap(value.data, value.qtype, value.shape, torch.float32) if isinstance(value, QuantizedBytes) else value
+        for key, value in values.items()
+    }
+    return as_bytes | held_back
+
+
+def _take_default_dtype(model: torch.nn.Module) -> None:
+    """Give layers that a host makes without a dtype the one that its own would have: some code computes in it."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer) and module.weight_comfy_model_dtype is None:
+            if not is_quantized(module.weight):
+                weight: Any = module.weight
+                floats = weight.to(torch.get_default_dtype())
+                module._parameters["weight"] = torch.nn.Parameter(floats, requires_grad=False)
+
+
+def load_latent_upscaler(path: str) -> Any:
+    """A latent upscale model of a GGUF file as the host's own object.
+
+    Raises:
+        GGUFError: with one sentence for the user.
+    """
+    values, info = load_component(path)
+    loader = _host_loader(path, "LatentUpscaleModelLoader", kinds.LATENT_UPSCALER)
+    state, metadata = to_floats(values), dict(info.metadata) or None
+    model = _build(info, values, kinds.LATENT_UPSCALER, lambda: run_loader(loader, path, state, metadata))
+    _say_dequantized(info, "latent upscale model")
+    return model
+
+
+def _host_loader(path: str, node_id: str, kind: Kind) -> MethodType:
+    loader = find_loader(node_id)
+    if loader is None:
+        raise UnsupportedArch(
+            f"ComfyUI {host_version()} has no loader for {kind.title} that GGUF Kit can use",
+            path=path,
+            hint="Update ComfyUI and GGUF Kit.",
+        )
+    return loader
