@@ -15,9 +15,10 @@ from collections.abc import Mapping
 
 from .errors import UnsupportedArch, name_list, plain_text
 from .gguf_file import GGUFFile
-from .models import archs, text_encoders, vision_search
+from .models import adapters, archs, checkpoints, kinds, overlay, repairs, text_encoders, vision_search
 from .models import vision as vision_part
 from .models.restore import add_tokenizer, restore
+from .models.split_files import open_gguf
 from .models.text_encoder_entry import TextEncoder
 from .models.text_encoder_table import FULL_T5, TEXT_ENCODERS
 from .models.values import StateDict, read_tensor
@@ -27,6 +28,8 @@ log = logging.getLogger("gguf_kit")
 # In place of the file of a vision part.
 AUTO = "auto"
 NONE = "none"
+
+UNRECOGNISED = "unrecognised model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,8 @@ class LoadInfo:
         metadata: what was carried along from the model's safetensors file.
         family: title of the text encoder's entry if it has llama.cpp's names, else "".
         vision: the file of its vision part, "" without one.
+        cut: keys that may be only the beginning of the model's own; see repairs.complete_keys().
+        extra: the file that was laid over it, "" without one; extra_keys: the keys that came from there.
     """
 
     path: str
@@ -53,43 +58,117 @@ class LoadInfo:
     metadata: Mapping[str, str]
     family: str = ""
     vision: str = ""
+    cut: frozenset[str] = frozenset()
+    extra: str = ""
+    extra_keys: frozenset[str] = frozenset()
 
     def summary(self) -> str:
         """One line for the log: file, model, tensors, types, bits per weight."""
         types = ", ".join(f"{name} {n}" for name, n in self.qtypes.items())
+        names = " with ".join(os.path.basename(path) for path in (self.path, self.extra) if path)
         return (
-            f"{os.path.basename(self.path)}: {self.title} (tagged {self.arch or 'nothing'}), "
+            f"{names}: {self.title} (tagged {self.arch or 'nothing'}), "
             f"{sum(self.qtypes.values())} tensors ({types}), {self.n_weights / 1e9:.3g} G weights, "
             f"{8 * self.n_bytes / max(self.n_weights, 1):.2f} bits per weight"
         )
 
 
-def load_diffusion_model(path: str | os.PathLike[str]) -> tuple[StateDict, LoadInfo]:
+def load_diffusion_model(
+    path: str | os.PathLike[str], extra: str | os.PathLike[str] | None = None
+) -> tuple[StateDict, LoadInfo]:
     """Read a diffusion model.
+
+    Args:
+        extra: file with modules for it, such as Wan's VACE, which are added to it or take the place of its own.
 
     Returns:
         the state dict, key prefixes of whole checkpoints stripped, and what the file is.
 
     Raises:
-        GGUFError: the file is damaged, holds something else, or has a layout that cannot be loaded.
+        GGUFError: a file is damaged, holds something else, has a layout that cannot be loaded, or the two do not fit.
     """
-    file = _open(path)
-    names = archs.strip_prefix(file.tensors)
-    shapes = {key: file.logical_shape(name) for key, name in names.items()}
-    arch = archs.detect(shapes)
+    file = open_gguf(path)
+    keys = _diffusion_keys(file)
+    if extra is None:
+        if overlay.is_module(keys):
+            raise UnsupportedArch(
+                "it holds modules that need a model (VACE), and no model",
+                path=path,
+                hint="Choose the model as unet_name, and this file as extra_name.",
+            )
+        info = _describe(file, keys.names, _title(keys.shapes))
+        return repairs.read_values(file, keys), dataclasses.replace(info, cut=keys.cut)
+    extra_file = open_gguf(extra)
+    extra_keys = _diffusion_keys(extra_file)
+    overlay.check_fit(file, keys, extra_file, extra_keys)
+    values = {**repairs.read_values(file, keys), **repairs.read_values(extra_file, extra_keys)}
+    kept = {key: name for key, name in keys.names.items() if key not in extra_keys.names}
+    title = _title({**keys.shapes, **extra_keys.shapes})
+    info = _describe(file, kept, title, (extra_file, extra_keys.names))
+    return values, dataclasses.replace(info, cut=keys.cut | extra_keys.cut)
+
+
+def _diffusion_keys(file: GGUFFile) -> repairs.Keys:
+    """Keys and shapes of a diffusion model, or the refusal of what is none."""
+    found = repairs.find_keys(file)
+    keys = dataclasses.replace(found, shapes=checkpoints.flatten_projections(found.shapes))
+    arch = archs.detect(keys.shapes)
     if "token_embd.weight" in file.tensors or (arch is None and text_encoders.find_native(file.tensors)):
         raise UnsupportedArch(
             f"it is a text encoder{_tagged(file)}, not a diffusion model",
-            path=path,
+            path=file.path,
             hint='Load it with "CLIPLoader (GGUF)".',
         )
     if file.arch == "clip" and vision_part.is_vision_part(file):
         raise _vision_alone(file)
+    _refuse_layout(file, arch)
+    return keys
+
+
+def _refuse_layout(file: GGUFFile, arch: archs.Arch | None) -> None:
     if arch is not None and arch.reject:
         raise UnsupportedArch(
-            f"it is {arch.title}, which cannot be loaded from GGUF", path=path, hint=f"{arch.reject}."
+            f"it is {arch.title}, which cannot be loaded from GGUF", path=file.path, hint=f"{arch.reject}."
         )
-    return _values(file, names), _describe(file, names, arch.title if arch else "unrecognised model")
+
+
+def _title(shapes: archs.Shapes) -> str:
+    arch = archs.detect(shapes)
+    return arch.title if arch else UNRECOGNISED
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[StateDict, LoadInfo]:
+    """Read a whole checkpoint: diffusion model, text encoders and VAE, or those of them that the file has.
+
+    Returns:
+        the state dict, keys with the prefixes that ComfyUI expects (the VAE: any of checkpoints.VAE_PREFIXES), and what
+        the file is.
+
+    Raises:
+        GGUFError: the file is damaged, holds something else, or has a layout that cannot be loaded.
+    """
+    file = open_gguf(path)
+    parts = checkpoints.find_parts(file)
+    arch = archs.detect(parts.diffusion.shapes)
+    if arch is None and not parts.is_whole:
+        raise _no_checkpoint(file)
+    _refuse_layout(file, arch)
+    values = repairs.read_values(file, parts.diffusion)
+    state = {checkpoints.DIFFUSION_PREFIX + key: value for key, value in values.items()}
+    names = {name: name for name in (*parts.diffusion.names.values(), *(p.name for p in parts.others.values()))}
+    kind = "checkpoint of " if parts.is_whole else ""
+    info = _describe(file, names, f"{kind}{arch.title if arch else UNRECOGNISED}")
+    return state | checkpoints.read_others(file, parts), info
+
+
+def _no_checkpoint(file: GGUFFile) -> UnsupportedArch:
+    """The refusal of a file that is not made up of a diffusion model and other parts."""
+    if "token_embd.weight" in file.tensors or text_encoders.find_native(file.tensors):
+        problem, node = f"it holds a text encoder{_tagged(file)} alone, no whole checkpoint", '"CLIPLoader (GGUF)"'
+    else:
+        problem = f"it is no whole checkpoint of a diffusion model with its text encoders or VAE{_tagged(file)}"
+        node = 'the node for what it holds, such as "Unet Loader (GGUF)"'
+    return UnsupportedArch(problem, path=file.path, hint=f"Load it with {node}.")
 
 
 def load_text_encoder(
@@ -106,7 +185,7 @@ def load_text_encoder(
     Raises:
         GGUFError: the file is damaged, or holds no text encoder that is known here.
     """
-    file = _open(path)
+    file = open_gguf(path)
     encoder = text_encoders.detect(file.tensors, text_encoders.tags_of(file))
     if encoder is None:
         return _load_native(file)
@@ -118,6 +197,23 @@ def load_text_encoder(
     state |= vision_part.read(part, file, encoder) if part else vision_part.placeholder(file, encoder)
     info = _describe(file, names, encoder.title)
     return state, dataclasses.replace(info, family=encoder.title, vision=part.path if part else "")
+
+
+def load_component(path: str | os.PathLike[str]) -> tuple[StateDict, LoadInfo]:
+    """Read a file of any kind: all of its tensors under their own names, in the shapes that their model has.
+
+    Returns:
+        the state dict, pairs of LoRA factors under the names that ComfyUI reads, and what the file is.
+
+    Raises:
+        GGUFError: the file is damaged, or its names cannot be told.
+    """
+    file = open_gguf(path)
+    names = repairs.whole_names(file)
+    shapes = repairs.restore_shapes({key: file.logical_shape(name) for key, name in names.items()})
+    kind = kinds.what_is(shapes)
+    state = repairs.read_values(file, repairs.Keys(names, shapes))
+    return adapters.with_host_names(file, state), _describe(file, names, kind.title if kind else UNRECOGNISED)
 
 
 def _load_native(file: GGUFFile) -> tuple[StateDict, LoadInfo]:
@@ -135,9 +231,8 @@ def _vision_file(file: GGUFFile, encoder: TextEncoder, vision: str | os.PathLike
     if vision == NONE or not encoder.vision:
         return None
     if vision != AUTO:
-        return GGUFFile(vision)
-    path = vision_search.find(file, encoder)
-    return GGUFFile(path) if path else vision_part.inside(file)
+        return open_gguf(vision)
+    return vision_search.find(file, encoder) or vision_part.inside(file)
 
 
 def _renamed(file: GGUFFile, encoder: TextEncoder) -> dict[str, str]:
@@ -162,7 +257,8 @@ def _is_vision(name: str, encoder: TextEncoder) -> bool:
 
 def _native_names(file: GGUFFile) -> dict[str, str]:
     """Key to tensor name of a file whose names are the original ones, or the refusal of what is no text encoder."""
-    found = text_encoders.find_native(file.tensors)
+    whole = repairs.whole_names(file)
+    found = text_encoders.find_native(whole)
     if len(found) > 1:
         places = name_list([match.wrapper or "no prefix" for match in found])
         raise UnsupportedArch(
@@ -172,7 +268,7 @@ def _native_names(file: GGUFFile) -> dict[str, str]:
         )
     if not found or (not found[0].wrapper and _diffusion_arch(file) is not None):
         raise _no_text_encoder(file)
-    keys = dict(found[0].keys)
+    keys = {key: whole[name] for key, name in found[0].keys.items()}
     if any(key.startswith("decoder.block.") for key in keys):
         raise UnsupportedArch(f"this T5 cannot be used: {FULL_T5}", path=file.path)
     return keys
@@ -217,19 +313,12 @@ def _vision_alone(file: GGUFFile) -> UnsupportedArch:
     )
 
 
-def _open(path: str | os.PathLike[str]) -> GGUFFile:
-    file = GGUFFile(path)
-    n_parts, number = (file.metadata.get(f"split.{key}") for key in ("count", "no"))
-    if isinstance(n_parts, int) and n_parts > 1:
-        part = f"part {number + 1} of {n_parts}" if isinstance(number, int) else f"one of {n_parts} parts"
-        raise UnsupportedArch(
-            f"it is {part} of a split file", path=path, hint="Join them with llama.cpp's llama-gguf-split --merge."
-        )
-    return file
-
-
-def _describe(file: GGUFFile, names: Mapping[str, str], title: str) -> LoadInfo:
+def _describe(
+    file: GGUFFile, names: Mapping[str, str], title: str, extra: tuple[GGUFFile, Mapping[str, str]] | None = None
+) -> LoadInfo:
     infos = [file.tensors[name] for name in names.values()]
+    if extra is not None:
+        infos += [extra[0].tensors[name] for name in extra[1].values()]
     info = LoadInfo(
         path=str(file.path),
         arch=plain_text(file.arch),
@@ -238,6 +327,8 @@ def _describe(file: GGUFFile, names: Mapping[str, str], title: str) -> LoadInfo:
         n_bytes=sum(t.n_bytes for t in infos),
         qtypes=dict(Counter(t.qtype.name for t in infos).most_common()),
         metadata=file.carried_metadata(),
+        extra=str(extra[0].path) if extra else "",
+        extra_keys=frozenset(extra[1]) if extra else frozenset(),
     )
     log.info(info.summary())
     return info

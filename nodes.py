@@ -13,42 +13,18 @@ from typing import Any
 import folder_paths
 import torch
 
-from .loader import AUTO
+from . import nodes_checkpoint, nodes_components, nodes_save
+from .folders import FileNames, existing_file, file_state, find_file, list_files, register_folders
+from .loader import AUTO, NONE
 from .ops import OpsOptions
 from .service import FIXED_TYPES, VISION_CHOICES, clip_types, load_clip, load_model
 
-# Our folder key -> the host's keys whose folders it looks in.
-FOLDER_KEYS = {"unet_gguf": ("diffusion_models",), "clip_gguf": ("text_encoders",)}
-
-
-def register_folders() -> None:
-    """Let ComfyUI list .gguf files in its model folders; repeated, because other packs add folders later."""
-    for key, host_keys in FOLDER_KEYS.items():
-        paths, extensions = folder_paths.folder_names_and_paths.get(key, ([], set()))
-        for host_key in host_keys:
-            paths += [path for path in folder_paths.get_folder_paths(host_key) if path not in paths]
-        folder_paths.folder_names_and_paths[key] = (paths, {*extensions, ".gguf"})
-
-
 register_folders()
-
-
-def list_files(key: str) -> list[str]:
-    """Names of the .gguf files below the folders of `key`, subfolders included."""
-    register_folders()
-    return folder_paths.get_filename_list(key)
-
-
-def file_state(path: str | None) -> str:
-    """What changes when a file is replaced: its size and time; "" for a file that is not there."""
-    if path is None or not os.path.isfile(path):
-        return ""
-    stat = os.stat(path)
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
-
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPE_CHOICES = ["default", "target", *_DTYPES]
+
+EXTRA_TOOLTIP = "A second file with modules that are laid over the model, such as Wan's VACE. none: the model as it is."
 
 
 class UnetLoaderGGUF:
@@ -56,8 +32,11 @@ class UnetLoaderGGUF:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (the host's name)
+        names = list_files("unet_gguf")
+        extra = {"default": NONE, "advanced": True, "tooltip": EXTRA_TOOLTIP}
         return {
-            "required": {"unet_name": _file_input(list_files("unet_gguf"), "models/diffusion_models or models/unet")}
+            "required": {"unet_name": _file_input(names, "models/diffusion_models or models/unet")},
+            "optional": {"extra_name": (FileNames([NONE, *names]), extra)},
         }
 
     RETURN_TYPES = ("MODEL",)
@@ -69,7 +48,8 @@ class UnetLoaderGGUF:
 
     @classmethod
     def IS_CHANGED(cls, unet_name: str | None, **inputs: Any) -> str:  # noqa: N802 (None: the name comes over a link)
-        return file_state(folder_paths.get_full_path("unet_gguf", unet_name) if unet_name else None)
+        names = [name for name in (unet_name, inputs.get("extra_name")) if name and name != NONE]
+        return " ".join(file_state(find_file("unet_gguf", name)) for name in names)
 
     def load_unet(
         self,
@@ -77,14 +57,15 @@ class UnetLoaderGGUF:
         dequant_dtype: str | None = None,
         patch_dtype: str | None = None,
         patch_on_device: bool | None = None,
+        extra_name: str | None = None,
     ) -> tuple[Any]:
-        register_folders()
         options = OpsOptions(
             dequant_dtype=_DTYPES.get(dequant_dtype or "default"),
             patch_dtype="target" if patch_dtype == "target" else _DTYPES.get(patch_dtype or "default"),
             patch_on_device=bool(patch_on_device),
         )
-        return (load_model(folder_paths.get_full_path_or_raise("unet_gguf", unet_name), options),)
+        extra = existing_file("unet_gguf", extra_name) if extra_name and extra_name != NONE else None
+        return (load_model(existing_file("unet_gguf", unet_name), options, extra),)
 
 
 class UnetLoaderGGUFAdvanced(UnetLoaderGGUF):
@@ -145,13 +126,13 @@ class CLIPLoaderGGUF:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         gguf_names = list_files("clip_gguf")
-        names = sorted({*folder_paths.get_filename_list("text_encoders"), *gguf_names})
+        names = FileNames(sorted({*folder_paths.get_filename_list("text_encoders"), *gguf_names}))
         inputs = {name: _file_input(names, "models/text_encoders or models/clip") for name in cls._file_inputs()}
         optional = {"device": (["default", "cpu"], {"advanced": True, "tooltip": "Where the text encoder runs."})}
         if cls.N_FILES not in FIXED_TYPES:
             tooltip = "The kind of model the encoder is for. auto: what the files serve, if they serve one kind only."
             inputs["type"] = ([*clip_types(cls.N_FILES), AUTO], {"tooltip": tooltip})
-            choices = [*VISION_CHOICES, *gguf_names]
+            choices = FileNames([*VISION_CHOICES, *gguf_names])
             optional["vision_name"] = (choices, {"default": choices[0], "advanced": True, "tooltip": VISION_TOOLTIP})
         return {"required": inputs, "optional": optional}
 
@@ -234,6 +215,9 @@ NODES = (
     (DualCLIPLoaderGGUF, "DualCLIPLoader (GGUF)"),
     (TripleCLIPLoaderGGUF, "TripleCLIPLoader (GGUF)"),
     (QuadrupleCLIPLoaderGGUF, "QuadrupleCLIPLoader (GGUF)"),
+    *nodes_checkpoint.NODES,
+    *nodes_components.NODES,
+    *nodes_save.NODES,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node, _ in NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: title for node, title in NODES}

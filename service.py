@@ -7,9 +7,12 @@ Refusals are here: what a host cannot build, does not recognise, or builds from 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import comfy.ldm.flux.layers
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -25,6 +28,7 @@ from .host.native import prepare_state
 from .host.patcher import adopt
 from .loader import AUTO, NONE, LoadInfo, load_diffusion_model, load_text_encoder
 from .models.clip_types import ENCODERS, resolve
+from .models.repairs import complete_keys, rename_norms
 from .models.values import QuantizedBytes, StateDict
 from .ops import OpsOptions, make_ops
 
@@ -42,64 +46,120 @@ def to_host(state: StateDict) -> dict[str, torch.Tensor]:
 # -- MODEL --
 
 
-def load_model(path: str, options: OpsOptions, disable_dynamic: bool = False) -> Any:
+def load_model(path: str, options: OpsOptions, extra: str | None = None, disable_dynamic: bool = False) -> Any:
     """A GGUF diffusion model as the host's patcher.
 
     Args:
+        extra: GGUF file with modules that are laid over it, such as Wan's VACE.
         disable_dynamic: ask for a patcher without dynamic VRAM, on hosts that have it.
 
     Raises:
         GGUFError: with one sentence for the user.
     """
-    state, info = load_diffusion_model(path)
+    values, info = load_diffusion_model(path, extra)
+    patcher, missing = _build_model(path, extra, values, info, options, disable_dynamic)
+    if missing and info.cut:  # what those keys were, only the model knows
+        whole = complete_keys(values, info.cut, [key.removeprefix(MODEL_PREFIX) for key in missing])
+        patcher, missing = _build_model(path, extra, whole, info, options, disable_dynamic)
+    if missing:
+        raise incomplete(path, missing, extra)
+    if extra and info.extra_keys.isdisjoint(name for name, _ in patcher.model.diffusion_model.named_parameters()):
+        raise _laid_over_nothing(path, extra, info)
+    adopt(patcher, (load_model, (path, options, extra)))
+    return patcher
+
+
+def _build_model(
+    path: str, extra: str | None, values: StateDict, info: LoadInfo, options: OpsOptions, disable_dynamic: bool
+) -> tuple[Any, list[str]]:
+    """The host's patcher of a state dict, and what its model needs and the state dict does not have."""
+    state = to_host(rename_norms(values, norm_name()))
+    shapes = {key: tuple(value.shape) for key, value in state.items()}  # the host empties the state dict
     load = comfy.sd.load_diffusion_model_state_dict
     try:
         patcher = load(
-            to_host(state),
+            state,
             model_options={"custom_operations": make_ops(options)},
             **accepted(load, disable_dynamic=disable_dynamic, metadata=dict(info.metadata)),
         )
     except comfy.model_management.OOM_EXCEPTION:
         raise
     except HOST_ERRORS as error:
-        raise cannot_build(path, error) from error
+        raise cannot_build(path, error, extra) from error
     if patcher is None:
-        raise UnsupportedArch(
-            f"ComfyUI {host_version()} does not recognise this model (general.architecture '{info.arch}')",
-            path=path,
-            hint="This ComfyUI may be too old for it: update ComfyUI, or check that the file is a diffusion model.",
-        )
-    missing = missing_parameters(patcher.model)
-    if missing:
-        raise incomplete(path, missing)
-    adopt(patcher, (load_model, (path, options)))
-    return patcher
+        raise not_recognised(path, info)
+    return patcher, missing_parameters(patcher.model, shapes)
+
+
+def not_recognised(path: str, info: LoadInfo) -> UnsupportedArch:
+    """The refusal of a diffusion model that the host's detection has no class for."""
+    return UnsupportedArch(
+        f"ComfyUI {host_version()} does not recognise this model (general.architecture '{info.arch}')",
+        path=path,
+        hint="This ComfyUI may be too old for it: update ComfyUI, or check that the file is a diffusion model.",
+    )
+
+
+def _laid_over_nothing(path: str, extra: str, info: LoadInfo) -> UnsupportedArch:
+    return UnsupportedArch(
+        f"none of its {len(info.extra_keys)} tensors has a place in the model of {os.path.basename(path)}",
+        path=extra,
+        hint="As extra_name choose a file with modules for this model, such as VACE, or none.",
+    )
 
 
 # What a host's detection and model building raise when keys or shapes are not what they expect.
 HOST_ERRORS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
 
 
-def missing_parameters(model: torch.nn.Module) -> list[str]:
-    """State-dict keys that our layers needed and the file did not have."""
-    return sorted(f"{name}.{p}" for name, module in model.named_modules() for p in getattr(module, "missing", ()))
+MODEL_PREFIX = "diffusion_model."
+# Class of a host's model -> parameters that some hosts make and none uses.
+UNUSED = MappingProxyType({"NextDiT": {"norm_final.weight"}})
 
 
-def incomplete(path: str, missing: list[str]) -> UnsupportedArch:
-    """The refusal of a file without tensors that its model needs."""
+def missing_parameters(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """State-dict keys that a host's model needed and the file did not have, of layers and of models themselves.
+
+    Args:
+        model: the host's BaseModel.
+        shapes: key -> shape of the state dict that it was loaded from.
+    """
+    network, prefix = model.diffusion_model, MODEL_PREFIX
+    layers = {f"{name}.{last}" for name, module in model.named_modules() for last in getattr(module, "missing", ())}
+    tell = [f"{name}." for name, module in network.named_modules() if hasattr(module, "missing")]
+    bare = {name for name, _ in network.named_parameters()}
+    # Shapes are all that the host needs to say what it calls the keys itself.
+    metas = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    found = set(model.model_config.process_unet_state_dict(metas))
+    bare = bare - found if bare & found else set()  # none: the host converted another layout, so layers alone tell
+    own = {prefix + name for name in bare if not name.startswith(tuple(tell))}
+    unused = {prefix + name for name in UNUSED.get(type(network).__name__, ())}
+    return sorted((layers | own) - unused)
+
+
+def norm_name() -> str:
+    """What the host's Flux calls the weights of its norms: older hosts have a class for them, with another name."""
+    own_norm = getattr(comfy.ldm.flux.layers, "RMSNorm", None)
+    return "weight" if own_norm is None else "scale"
+
+
+def incomplete(path: str, missing: list[str], extra: str | None = None) -> UnsupportedArch:
+    """The refusal of a file without tensors that its model needs; nor were they in the one laid over it, if any."""
+    where = f" here and in {os.path.basename(extra)}" if extra else ""
     return UnsupportedArch(
-        f"{len(missing)} tensors that ComfyUI needs are missing: {name_list(missing)}",
+        f"{len(missing)} tensors that ComfyUI needs are missing{where}: {name_list(missing)}",
         path=path,
         hint="The file is incomplete or was converted for another program; take another one.",
     )
 
 
-def cannot_build(path: str, error: Exception) -> UnsupportedArch:
+def cannot_build(path: str, error: Exception, extra: str | None = None) -> UnsupportedArch:
     """A host's failure to fill its model, as one sentence with the first few of its reasons."""
+    source = f"these tensors and those of {os.path.basename(extra)}" if extra else "these tensors"
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     reasons = lines[1:] or [f"{type(error).__name__} {' '.join(lines)}".strip()]
     return UnsupportedArch(
-        f"ComfyUI {host_version()} cannot build a model from these tensors: {name_list(reasons)}",
+        f"ComfyUI {host_version()} cannot build a model from {source}: {name_list(reasons)}",
         path=path,
         hint="This ComfyUI may be too old for it, or the file was converted for another program.",
     )

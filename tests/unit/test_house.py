@@ -12,13 +12,21 @@ ROOT = Path(__file__).resolve().parents[2]
 LINES = (
     (("errors", "layouts"), ("gguf_file", "kernels"), ("dequant",), ("models",), ("loader",)),
     (("dequant",), ("host.compat",), ("host.lora",), ("host.layer",), ("ops",)),
+    (("host.weight_params",), ("host.compat",)),
     (("host.lazy_weight", "host.native"), ("host.layer",)),
-    (("host.lora", "host.native"), ("host.patcher",)),
+    (("errors", "host.layer"), ("host.plain",)),
+    (("host.lora", "host.native", "host.plain"), ("host.patcher",)),
     (("models",), ("host.text_encoders",)),
     (("gguf_file", "kernels", "dequant", "models"), ("quantize",)),
+    (("quantize", "host.compat", "host.lora"), ("saver",), ("nodes_save",), ("nodes",)),
     (("loader", "ops", "host.native", "host.patcher", "host.text_encoders"), ("service",), ("nodes",), ("__init__",)),
+    (("host.node_functions", "service"), ("components",), ("nodes_components",), ("nodes",)),
+    (("models",), ("folders",), ("nodes_components", "nodes_checkpoint"), ("nodes",)),
+    (("components",), ("checkpoint",), ("nodes_checkpoint",), ("nodes",)),
 )
-KNOW_COMFY = ("nodes", "service", "ops", *(f"host.{path.stem}" for path in ROOT.glob("host/*.py")))
+KNOW_COMFY = ("nodes", "nodes_save", "nodes_components", "components", "folders", "service", "saver", "ops")
+KNOW_COMFY += ("checkpoint", "nodes_checkpoint")
+KNOW_COMFY += tuple(f"host.{path.stem}" for path in ROOT.glob("host/*.py"))
 HOST_MODULES = {"comfy", "nodes", "folder_paths", "comfyui_version", "comfy_kitchen"}
 ROOMS_OF_MANY = ("kernels", "models", "quantize")  # one room each; host's modules are rooms of their own
 MODULES = sorted(
