@@ -7,6 +7,7 @@ further ahead than the threads need.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +16,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as QType
 
 from ..dequant import PLAIN_DTYPES
-from ..errors import GGUFError, name_list
-from .encode import Engine, check_engine, encode_rows
+from ..errors import GGUFError, name_list, plain_text
+from .encode import Engine, check_engine, encode_rows, scales_are_finite
 from .ggml import requires_imatrix
 from .imatrix import Imatrix
 from .plan import STORED_TYPES, Plan, PlannedTensor
@@ -73,7 +76,7 @@ def convert(
     Raises:
         GGUFError: a tensor cannot be read or encoded, or the file cannot be written.
     """
-    check_engine(engine, frozenset(t.qtype for t in conversion.plan.tensors))
+    check_engine(engine, encoded_qtypes(conversion.source, conversion.plan))
     check_importance(conversion)
     header = conversion.header
     with Writer(path, file_size(conversion.plan, header), overwrite=overwrite) as writer:
@@ -84,6 +87,16 @@ def convert(
                 writer.end_tensor()
             if progress:
                 progress(tensor, data.numel())
+
+
+def encoded_qtypes(source: Source, plan: Plan) -> frozenset[QType]:
+    """Types that an engine has to make: those of the tensors that are not quantized so already."""
+    return frozenset(t.qtype for t in plan.tensors if not _is_kept(source, t))
+
+
+def _is_kept(source: Source, tensor: PlannedTensor) -> bool:
+    """Whether the bytes of the source are what the plan wants."""
+    return source.tensors[tensor.name].qtype is tensor.qtype
 
 
 def check_importance(conversion: Conversion) -> None:
@@ -98,7 +111,9 @@ def check_importance(conversion: Conversion) -> None:
         hint = "The importance matrix was made with another model."
         raise GGUFError("none of its entries is a tensor of the model", path=conversion.imatrix.path, hint=hint)
     without = [
-        t.name for t in conversion.plan.tensors if requires_imatrix(t.qtype) and not _has_importance(conversion, t)
+        t.name
+        for t in conversion.plan.tensors
+        if requires_imatrix(t.qtype) and not _has_importance(conversion, t) and not _is_kept(conversion.source, t)
     ]
     if without:
         raise GGUFError(
@@ -160,12 +175,43 @@ def _work(
 ) -> Iterator[tuple[PlannedTensor, Callable[[], torch.Tensor], bool]]:
     """What is to be done for each chunk, in order; a tensor is read when its first chunk is asked for."""
     for tensor in conversion.plan.tensors:
+        if _is_kept(conversion.source, tensor):
+            yield from _kept_blocks(conversion, tensor, size)
+            continue
         rows, importance = _rows(conversion, tensor)
         n_rows = max(1, size // max(rows.shape[1], 1))
         starts = range(0, rows.shape[0], n_rows)
         for start in starts:
             chunk = rows[start : start + n_rows]
             yield tensor, _job(conversion, engine, tensor, chunk, importance), start == starts[-1]
+
+
+def _kept_blocks(
+    conversion: Conversion, tensor: PlannedTensor, size: int
+) -> Iterator[tuple[PlannedTensor, Callable[[], torch.Tensor], bool]]:
+    """The same for a tensor that has the type of the plan already: its bytes as they are."""
+    data = conversion.source.read_blocks(tensor.name).reshape(-1)
+    if data.numel() != tensor.n_bytes:
+        problem = f"tensor '{plain_text(tensor.name)}' has {data.numel()} bytes, expected {tensor.n_bytes}"
+        raise GGUFError(problem, path=conversion.source.path, subject=tensor.name)
+    block_size, type_size = GGML_QUANT_SIZES[tensor.qtype]
+    n_bytes = max(1, size // block_size) * type_size
+    starts = range(0, data.numel(), n_bytes)
+    for start in starts:
+        chunk = data[start : start + n_bytes]
+        yield tensor, functools.partial(_checked_blocks, conversion, tensor, chunk), start == starts[-1]
+
+
+def _checked_blocks(conversion: Conversion, tensor: PlannedTensor, chunk: torch.Tensor) -> torch.Tensor:
+    data = chunk.cpu().contiguous()
+    if not scales_are_finite(data, tensor.qtype):
+        raise GGUFError(
+            f"tensor '{plain_text(tensor.name)}' has scales that are NaN or infinite",
+            path=conversion.source.path,
+            subject=tensor.name,
+            hint="The model is damaged; take another file of it.",
+        )
+    return data
 
 
 def _job(
@@ -185,11 +231,11 @@ def _job(
 def _rows(conversion: Conversion, tensor: PlannedTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A tensor as the rows in which it is stored, and the importance of their columns."""
     if tensor.is_empty:
-        return torch.zeros(1, 1), None
+        return torch.zeros(1, 1, dtype=PLAIN_DTYPES[tensor.qtype]), None
     weights = conversion.source.read(tensor.name)
     if tuple(weights.shape) != tensor.shape:
         raise GGUFError(
-            f"tensor '{tensor.name}' has shape {tuple(weights.shape)}, announced as {tensor.shape}",
+            f"tensor '{plain_text(tensor.name)}' has shape {tuple(weights.shape)}, announced as {tensor.shape}",
             path=conversion.source.path,
             subject=tensor.name,
         )

@@ -176,6 +176,9 @@ def make_plan(source: Source, choices: Choices) -> Plan:
             path=source.path,
             hint="Give one with --imatrix, or take IQ4_XS, Q3_K_S or Q2_K, which do without.",
         )
+    if choices.exact and not choices.exact.keys() & shapes.keys():
+        problem = f"the model has none of the {len(choices.exact)} names in the recipe: {name_list([*choices.exact])}"
+        raise GGUFError(problem, path=source.path, hint="Take the recipe of this model.")
     planner = _Planner(source.path, arch, choices)
     tensors = tuple(planner.plan(source.tensors[name], role) for name, role in roles.items())
     file_type = _file_type(choices.type_name, tensors)
@@ -258,7 +261,7 @@ class _Planner:
 
     def by_recipe(self, tensor: SourceTensor, shape: tuple[int, ...], role: archs.Role) -> tuple[QType, str]:
         """Type and note for a tensor that the user did not name."""
-        own = STORED_TYPES[tensor.dtype]
+        own = _own_type(tensor, shape)
         if not tensor.dtype.is_floating_point:
             return own, ""
         if len(tensor.shape) < 2 or not prod(tensor.shape):
@@ -270,6 +273,13 @@ class _Planner:
             return self.instead_of_bf16 if unquantized is QType.BF16 else unquantized, ""
         wanted = self.recipe.qtype(role) if self.recipe else None
         return (unquantized, "") if wanted is None else _fitting(wanted, shape[-1], own)
+
+
+def _own_type(tensor: SourceTensor, shape: tuple[int, ...]) -> QType:
+    """The type that keeps the precision of the source: the one it is quantized as, where the file can hold that."""
+    if tensor.qtype is not None and shape[-1] % GGML_QUANT_SIZES[tensor.qtype][0] == 0:
+        return tensor.qtype
+    return STORED_TYPES[tensor.dtype]
 
 
 def _fitting(wanted: QType, row: int, own: QType) -> tuple[QType, str]:

@@ -39,6 +39,16 @@ def read_recipe_file(path: Path) -> dict[str, QType]:
         raise GGUFError(f"the recipe cannot be read: {error.strerror}", path=path, hint="Check the path.") from error
     except UnicodeDecodeError as error:
         raise GGUFError("the recipe is not UTF-8 text", path=path, hint="Save it as UTF-8.") from error
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, path: Path | None = None) -> dict[str, QType]:
+    """The same for the text of a recipe file.
+
+    Args:
+        path: where it comes from, for errors; None: the user has typed it.
+    """
+    of_recipe = "" if path else "of the recipe "
     exact: dict[str, QType] = {}
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         name, separator, type_name = line.rpartition("=")
@@ -46,8 +56,10 @@ def read_recipe_file(path: Path) -> dict[str, QType]:
             continue
         if not separator or not name or name in exact:
             problem = "names a tensor twice" if name in exact else "is not of the form name=TYPE"
-            raise GGUFError(f"line {number} {problem}: '{plain_text(line)}'", path=path, hint="Correct that line.")
-        exact[name] = parse_qtype(type_name, path=path, where=f"line {number}")
+            raise GGUFError(
+                f"line {number} {of_recipe}{problem}: '{plain_text(line)}'", path=path, hint="Correct that line."
+            )
+        exact[name] = parse_qtype(type_name, path=path, where=f"line {number} {of_recipe}".rstrip())
     return exact
 
 

@@ -19,14 +19,12 @@ import argparse
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -45,23 +43,13 @@ from gguf_kit.quantize.recipe_files import parse_qtype, read_recipe_file, recipe
 from gguf_kit.quantize.recipes import PLAIN_TYPES, TYPE_NAMES
 from gguf_kit.quantize.sources import Source, open_source
 from gguf_kit.quantize.writer import file_exists, file_size, leftovers, merged_metadata
-from gguf_kit.tools._output import one_line, write_out
+from gguf_kit.tools._command import run_command, say
+from gguf_kit.tools._output import write_out
 from gguf_kit.tools.llama_cpp import build
 
 DEVICE_THREADS = 2  # one prepares rows while the other's are on the device
 ARCH_NAMES = tuple(dict.fromkeys(arch.name for arch in (*archs.ARCHS, *archs.ENCODERS, archs.GENERIC)))
-# Ends of the program that can be caught: Ctrl-C, kill, a closed terminal (SIGHUP, on Windows SIGBREAK).
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 PRECISION_ENDINGS = tuple(f"-{name}" for name in PLAIN_TYPES)
-
-
-class Stopped(BaseException):
-    """A signal asked the program to end; what it leaves behind is removed on the way out."""
-
-
-def say(line: str) -> None:
-    """A line for the user, beside the progress bar."""
-    tqdm.write(one_line(line), file=sys.stderr)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -275,34 +263,11 @@ def describe(plan: Plan, path: Path, n_bytes: int) -> str:
     return "\n".join(lines)
 
 
-def _stop(number: int, _frame: object) -> NoReturn:
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the cleaning up
-    raise Stopped(number)
-
-
 def main(argv: Sequence[str] | None = None, *, prog: str = "convert", description: str = __doc__ or "") -> int:
     """Command line: 0 done, 2 with one line on stderr when the request or its input cannot be used."""
     args = make_parser(description).parse_args(argv)
     args.prog = prog
-    for number in SIGNALS:
-        signal.signal(number, _stop)  # so that unfinished files are removed
-    try:
-        return run(args)
-    except GGUFError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'a file'}: {error.strerror}."
-    except MemoryError:
-        message = "there is not enough memory. Close other programs, or use fewer --threads."
-    except Stopped as stopped:
-        say(f"{prog}: stopped; nothing was written")
-        return 128 + int(stopped.args[0])
-    finally:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-    say(f"{prog}: {message}")
-    return 2
+    return run_command(prog, lambda: run(args))
 
 
 if __name__ == "__main__":

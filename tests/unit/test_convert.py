@@ -191,6 +191,15 @@ def test_without_a_type_nothing_is_lost(tmp_path, dtype):
     assert info.qtypes[label] >= 8
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float16, torch.bfloat16])
+def test_a_marker_of_any_type_is_one_zero(tmp_path, dtype):
+    save_file({"__x0__": torch.empty(0, dtype=dtype), **small_model()}, tmp_path / "model.safetensors")
+    assert run("--src", tmp_path / "model.safetensors", "--type", "Q8_0", "--engine", "torch") == 0
+    file = GGUFFile(tmp_path / "model-Q8_0.gguf")
+    assert file.tensors["__x0__"].shape == (1,)
+    assert not file.data("__x0__").any()
+
+
 def test_names_metadata_markers_and_shapes_come_through(tmp_path):
     state = {"blocks.0." + "n" * 200 + ".weight": torch.ones(8, 256), "__x0__": torch.empty(0), **small_model()}
     path = tmp_path / "model.safetensors"
@@ -198,9 +207,7 @@ def test_names_metadata_markers_and_shapes_come_through(tmp_path):
     assert run("--src", path, "--type", "Q8_0") == 0
     loaded, info = load_diffusion_model(tmp_path / "model-Q8_0.gguf")
     assert info.metadata == {"config": '{"transformer": {"a": 1}}'}
-    assert {name: tuple(t.shape) for name, t in loaded.items()} == {
-        name: tuple(t.shape) or (1,) for name, t in state.items()
-    } | {"__x0__": (1,)}
+    assert {name: tuple(t.shape) for name, t in loaded.items()} == {name: tuple(t.shape) for name, t in state.items()}
 
 
 def test_two_steps_give_the_bytes_of_one(tmp_path, source):

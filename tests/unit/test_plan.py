@@ -226,10 +226,16 @@ def test_patterns_and_names_that_fit_nothing_are_told():
         {"blocks.0.proj.weight": (640, 256)},
         "Q4_0",
         overrides=((re.compile("atn"), QType.Q8_0),),
-        exact={"ghost": QType.F32},
+        exact={"ghost": QType.F32, "blocks.0.proj.weight": QType.Q4_1},
     )
     assert any("atn" in line for line in plan.warnings)
     assert any("ghost" in line for line in plan.warnings)
+    assert [t.qtype for t in plan.tensors] == [QType.Q4_1]
+
+
+def test_a_recipe_of_another_model_is_refused():
+    with pytest.raises(GGUFError, match=r"the model has none of the 1 names in the recipe: ghost\. Take the recipe of"):
+        plan_of({"blocks.0.proj.weight": (640, 256)}, "Q4_0", exact={"ghost": QType.F32})
 
 
 @pytest.mark.parametrize("type_name", [name for name, recipe in RECIPES.items() if recipe.needs_imatrix])

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a command line that writes a file ends: clean up at every signal, one line on stderr for every refusal."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from gguf_kit.errors import GGUFError
+from gguf_kit.tools._output import one_line
+from tqdm import tqdm
+
+# Ends of the program that can be caught: Ctrl-C, kill, a closed terminal (SIGHUP, on Windows SIGBREAK).
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
+
+
+class Stopped(BaseException):
+    """A signal asked the program to end; what it leaves behind is removed on the way out."""
+
+
+def say(line: str) -> None:
+    """A line for the user, beside the progress bar."""
+    tqdm.write(one_line(line), file=sys.stderr)
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the cleaning up
+    raise Stopped(number)
+
+
+def run_command(prog: str, command: Callable[[], int]) -> int:
+    """The exit code of a command: its own, 2 with one line where it refuses, 128 + the signal that stopped it."""
+    for number in SIGNALS:
+        signal.signal(number, _stop)  # so that unfinished files are removed
+    try:
+        return command()
+    except GGUFError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'a file'}: {error.strerror}."
+    except MemoryError:
+        message = "there is not enough memory. Close other programs."
+    except Stopped as stopped:
+        say(f"{prog}: stopped; nothing was written")
+        return 128 + int(stopped.args[0])
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    say(f"{prog}: {message}")
+    return 2
