@@ -18,7 +18,7 @@ import comfy.sd
 import folder_paths
 import torch
 
-from .components import to_floats
+from .components import check_vae, to_floats
 from .errors import UnsupportedArch, name_list
 from .host import text_encoders
 from .host.compat import accepted
@@ -73,7 +73,7 @@ def load_whole(
     if encoders is not None:
         encoders = _finish_clip(path, encoders, config.process_clip_state_dict(dict(kept)), exact)
     if decoder is not None and decoder.first_stage_model is not None:  # else the host has said that there is no VAE
-        _check_vae(path, decoder, _vae_state(kept, config))
+        check_vae(path, decoder, {key: tuple(value.shape) for key, value in _vae_state(kept, config).items()})
         decoder.patcher.cached_patcher_init = (reload_vae, (path,))
     return patcher, encoders, decoder
 
@@ -242,13 +242,3 @@ def _vae_state(state: dict[str, torch.Tensor], config: Any) -> dict[str, torch.T
     prefix = config.vae_key_prefix[0]
     vae = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return dict(config.process_vae_state_dict(vae))
-
-
-def _check_vae(path: str, vae: Any, state: dict[str, torch.Tensor]) -> None:
-    """Refuse a VAE that lacks parameters."""
-    names = {name for name, _ in vae.first_stage_model.named_parameters()}
-    # A whole part may be absent, such as the encoder: the host says so. It also renames keys of other layouts.
-    present = {name.partition(".")[0] for name in names & state.keys()}
-    missing = sorted(name for name in names - state.keys() if name.partition(".")[0] in present)
-    if missing and state.keys() <= names:
-        raise incomplete(path, missing)

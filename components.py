@@ -33,6 +33,7 @@ from .host.node_functions import find_loader, run_loader
 from .host.patcher import adopt
 from .loader import LoadInfo, load_component
 from .models import kinds
+from .models.arch_entry import Shapes
 from .models.kinds import Kind
 from .models.values import QuantizedBytes, StateDict
 from .ops import make_ops
@@ -144,7 +145,7 @@ def load_vae(path: str) -> Any:
     values, info = load_component(path)
     values = _strip_common(values, _VAE_PREFIXES)
     state = to_floats(values)
-    keys = _vae_keys(state)
+    shapes = {key: tuple(value.shape) for key, value in state.items()}  # the host empties the state dict
     metadata = dict(info.metadata) or None
 
     def build() -> Any:
@@ -152,9 +153,7 @@ def load_vae(path: str) -> Any:
         return vae if vae.first_stage_model is not None else None
 
     vae = _build(info, values, kinds.VAE, build)
-    missing = _missing_in_parts(vae.first_stage_model, keys)
-    if missing:
-        raise incomplete(path, missing)
+    check_vae(path, vae, shapes)
     vae.patcher.cached_patcher_init = (_vae_patcher, (path,))
     _say_dequantized(info, "VAE")
     return vae
@@ -167,12 +166,15 @@ def _vae_patcher(path: str, disable_dynamic: bool = False) -> Any:
     return _without_dynamic(vae.patcher, disable_dynamic)
 
 
-def _vae_keys(state: Mapping[str, torch.Tensor]) -> set[str]:
-    """The keys of a VAE as the host will have them: it renames those of diffusers."""
-    if "decoder.up_blocks.0.resnets.0.norm1.weight" not in state:
-        return {*state}
-    metas = {key: torch.empty(value.shape, device="meta") for key, value in state.items()}
-    return {*state, *comfy.sd.diffusers_convert.convert_vae_state_dict(metas)}
+def check_vae(path: str, vae: Any, shapes: Shapes) -> None:
+    """Refuse a VAE that the host has built of a state dict with these keys, if that lacks parameters."""
+    keys = {*shapes}
+    if "decoder.up_blocks.0.resnets.0.norm1.weight" in shapes:  # those of diffusers are renamed by the host
+        metas = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        keys |= {*comfy.sd.diffusers_convert.convert_vae_state_dict(metas)}
+    missing = _missing_in_parts(vae.first_stage_model, keys)
+    if missing:
+        raise incomplete(path, missing)
 
 
 def _strip_common(values: StateDict, prefixes: Iterable[str]) -> StateDict:

@@ -4,6 +4,7 @@
 import json
 import logging
 import os
+from types import SimpleNamespace
 
 import comfy.clip_vision
 import comfy.ldm.models.autoencoder
@@ -170,10 +171,14 @@ def test_the_keys_of_a_vae_in_the_layout_of_diffusers_are_those_of_the_model():
                 name = name.replace(f".{native}.", f".{theirs}.")
         diffusers[name] = value[:, :, 0, 0] if "attentions" in name and value.ndim == 4 else value
     assert not {*model.state_dict()} <= {*diffusers}
-    assert not components._missing_in_parts(model, components._vae_keys(diffusers))
-    diffusers.pop("decoder.mid_block.resnets.0.norm1.weight")
-    missing = components._missing_in_parts(model, components._vae_keys(diffusers))
-    assert missing == ["decoder.mid.block_1.norm1.weight"]
+    vae = SimpleNamespace(first_stage_model=model)
+    shapes = {name: tuple(value.shape) for name, value in diffusers.items()}
+    components.check_vae("vae.gguf", vae, shapes)
+    shapes.pop("decoder.mid_block.resnets.0.norm1.weight")
+    with pytest.raises(
+        GGUFError, match=r"1 tensors that ComfyUI needs are missing: decoder\.mid\.block_1\.norm1\.weight"
+    ):
+        components.check_vae("vae.gguf", vae, shapes)
 
 
 @pytest.mark.skipif(not hasattr(comfy.model_patcher, "ModelPatcherDynamic"), reason="this host has no dynamic VRAM")
