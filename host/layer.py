@@ -7,6 +7,7 @@ in the forward is in ops.py.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, Literal
 
@@ -62,6 +63,13 @@ class QuantizedLayer(PatchableWeight):
         self.bias = None
         self.weight_comfy_model_dtype = dtype
         self.bias_comfy_model_dtype = dtype
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLayer:
+        """A layer of its own over the same bytes, which nothing changes in place."""
+        memo |= {id(value): value for value in self._parameters.values() if is_quantized(value)}
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     # -- state --
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saving and cloning a GGUF model in the host gives float weights with the patches merged."""
 
+import copy
+
 import comfy.model_management
 import comfy.ops
 import comfy.sd
@@ -102,9 +104,9 @@ def test_a_second_copy_of_the_model_is_loaded_through_the_factory(tiny_flux):
     """The host asks for one for weight hooks under dynamic VRAM and for several GPUs."""
     patcher = tiny.quantized_model(tiny_flux("Q2_K"))
     function, arguments = patcher.cached_patcher_init
-    copy = function(*arguments, disable_dynamic=True)
-    assert copy.model is not patcher.model
-    assert torch.equal(tiny.run(copy), tiny.run(patcher))
+    again = function(*arguments, disable_dynamic=True)
+    assert again.model is not patcher.model
+    assert torch.equal(tiny.run(again), tiny.run(patcher))
 
 
 def test_deepcloning_uses_the_factory_where_the_host_has_it(tiny_flux):
@@ -115,6 +117,18 @@ def test_deepcloning_uses_the_factory_where_the_host_has_it(tiny_flux):
         pytest.skip("this host has no clone(force_deepcopy)")
     assert clone.model is not patcher.model
     assert torch.equal(tiny.run(clone), tiny.run(patcher))
+
+
+def test_a_network_that_is_copied_shares_the_bytes(tiny_flux):
+    """The host copies ControlNets so for several GPUs."""
+    patcher = tiny.quantized_model(tiny_flux("Q2_K"))
+    before, network = tiny.run(patcher), patcher.model.diffusion_model
+    copied = copy.deepcopy(network)
+    ours, theirs = (net.single_blocks[0].linear1 for net in (network, copied))
+    assert ours is not theirs
+    assert ours.weight._qdata.data_ptr() == theirs.weight._qdata.data_ptr()
+    patcher.model.diffusion_model = copied
+    assert torch.equal(tiny.run(patcher), before)
 
 
 def test_a_stock_patcher_over_our_layers_still_computes_right(tiny_flux):
