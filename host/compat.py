@@ -129,7 +129,12 @@ def _view_op(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _float_view_op(op: Any) -> Callable[..., Any]:
-    return _view_op(lambda weight, args, kwargs: op(weight.dequantize(), *args[1:], **kwargs))
+    return _view_op(lambda weight, args, kwargs: op(_floats(weight), *args[1:], **kwargs))
+
+
+def _floats(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as floats: of the dtype that it claims in a model, without loss before it is in one."""
+    return dequantize_weight(weight, torch.float32) if is_loading(weight) else weight.dequantize()
 
 
 _FLOAT_VIEWS = "unsqueeze view t transpose.int permute expand select.int squeeze squeeze.dim squeeze.dims unbind.int"
@@ -208,6 +213,10 @@ if HAS_KITCHEN:
     def is_quantized(tensor: Any) -> bool:
         """Whether `tensor` is a weight of ours that still holds its bytes."""
         return isinstance(tensor, HostTensor) and tensor._layout_cls == LAYOUT_NAME
+
+    def is_loading(weight: torch.Tensor) -> bool:
+        """Whether a weight of ours is on its way into a model."""
+        return isinstance(weight, _LoadedWeight)
 
 else:
 
@@ -319,6 +328,10 @@ else:
     def is_quantized(tensor: Any) -> bool:
         """Whether `tensor` is a weight of ours that still holds its bytes."""
         return isinstance(tensor, GGUFTensor)
+
+    def is_loading(weight: torch.Tensor) -> bool:
+        """Whether a weight of ours is on its way into a model and known to be: never, in these hosts."""
+        return False
 
 
 # -- The surface that ops, patcher and nodes use. --
