@@ -12,6 +12,7 @@ from typing import Any
 
 import folder_paths
 
+from .errors import GGUFError, plain_text
 from .saver import SAVE_TYPES, save_clip, save_model
 
 TYPE_TOOLTIP = (
@@ -93,10 +94,17 @@ def _recipe_input() -> dict[str, Any]:
 
 
 def output_path(filename_prefix: str, type_name: str) -> Path:
-    """A name in the output folder that no file has: PREFIX-TYPE_00001_.gguf; its folder is made if need be."""
-    folder, name, counter, *_ = folder_paths.get_save_image_path(
-        f"{filename_prefix}-{type_name}", folder_paths.get_output_directory()
-    )
+    """A name in the output folder that no file has: PREFIX-TYPE_00001_.gguf; its folder is made if need be.
+
+    Raises:
+        GGUFError: the prefix leads out of the output folder.
+    """
+    output = os.path.abspath(folder_paths.get_output_directory())
+    wanted = os.path.abspath(os.path.join(output, f"{filename_prefix}-{type_name}"))
+    if not Path(wanted).is_relative_to(output):
+        problem = f"the filename_prefix '{plain_text(filename_prefix)}' leads out of ComfyUI's output folder"
+        raise GGUFError(problem, hint="Give a name below it, such as diffusion_models/NAME.")
+    folder, name, counter, *_ = folder_paths.get_save_image_path(f"{filename_prefix}-{type_name}", output)
     os.makedirs(folder, exist_ok=True)
     return Path(folder) / f"{name}_{counter:05}_.gguf"
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's MODEL and CLIP in, GGUF files out: weights with the patches that they have, one tensor at a time.
 
-A weight is taken as it was before the host patched it, so that what is saved hangs neither on what is loaded where nor
-on the type that the host computes in: patches are added in float32, and the sum is rounded once. A weight without
-patches that is quantized as wanted already keeps its bytes.
+A weight is taken as it was loaded, before the host patched it, so that what is saved does not hang on what is on which
+device: patches are added in float32, and the sum is rounded once. A weight without patches that is quantized as wanted
+already keeps its bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from comfy.weight_adapter import LoRAAdapter
 from safetensors import SafetensorError, safe_open
 
 from .dequant import PLAIN_DTYPES
-from .errors import GGUFError, UnsupportedArch, name_list
+from .errors import GGUFError, UnsupportedArch, name_list, plain_text
 from .host.compat import dequantize_weight, is_quantized
 from .host.lora import PatchList, patch_weight
 from .models import archs
@@ -41,7 +41,7 @@ from .models.vision_table import VISION_PARTS
 from .quantize import ggml
 from .quantize.containers import Blocks, StoredTensor, Tensors
 from .quantize.convert import Conversion, convert, encoded_qtypes
-from .quantize.encode import Engine, GgmlEngine, TorchEngine
+from .quantize.encode import Engine, GgmlEngine, TorchEngine, useful_threads
 from .quantize.encoder_sources import take_encoder
 from .quantize.fp8 import FILE_MARKER, INPUT_SUFFIXES, LAYER_MARKER, SCALE_SUFFIXES
 from .quantize.plan import STORED_TYPES, Choices, Plan, PlannedTensor, make_plan
@@ -55,10 +55,11 @@ log = logging.getLogger("gguf_kit")
 SAVE_TYPES = tuple(name for name in TYPE_NAMES if name not in RECIPES or not RECIPES[name].needs_imatrix)
 MODEL_PREFIX = "diffusion_model."
 TRANSFORMER = "transformer"  # in the host's text encoders the part that files hold
+COMPILED = "_orig_mod"  # what torch.compile puts between the name of a module and the names in it
 # Keys beside a weight that the host itself quantized; the weight is saved as what it stands for.
 SCALES = (*SCALE_SUFFIXES, ".weight_scale_2", *INPUT_SUFFIXES, LAYER_MARKER)
 # image_model of the host -> what it takes off all keys when it loads such a model, and needs to recognise it.
-KEY_PREFIXES: Mapping[str, str] = MappingProxyType({"pixeldit_t2i": "core."})
+TAKEN_OFF: Mapping[str, str] = MappingProxyType({"pixeldit_t2i": "core."})
 # Parts of the host's models beside the network -> what files have in front of their keys.
 # Source: get_model() of Stable_Zero123, StableAudio and StableAudio3 in the host's supported_models.py.
 BESIDE_NETWORK: Mapping[str, str] = MappingProxyType(
@@ -94,8 +95,9 @@ def save_model(patcher: Any, path: Path, type_name: str, recipe: str = "") -> Pl
     Raises:
         GGUFError: with one sentence for the user.
     """
+    warn_of_unsaved(patcher, path.name)
     stored = rename_norms(patched_tensors(patcher, MODEL_PREFIX), "scale")  # their name in published files
-    prefix = KEY_PREFIXES.get(_unet_config(patcher.model).get("image_model", ""), "")
+    prefix = TAKEN_OFF.get(_unet_config(patcher.model).get("image_model", ""), "")
     stored = (
         {prefix + key: tensor for key, tensor in stored.items()} | _beside_network(patcher) | sampling_marks(patcher)
     )
@@ -111,20 +113,33 @@ def save_clip(clip: Any, path_of: Callable[[str], Path], type_name: str, recipe:
         type_name: one of SAVE_TYPES.
         recipe: text of a recipe file, for the encoders that have its names.
     Raises:
-        GGUFError: with one sentence for the user; nothing is written if an encoder is of an unknown kind.
+        GGUFError: with one sentence for the user; nothing is written if an encoder is of an unknown kind, or the recipe
+            is for none of them.
     """
     parse_recipe(recipe)
     model, sources = clip.patcher.model, []
     prefixes = [f"{name}.{TRANSFORMER}." if name else f"{TRANSFORMER}." for name in encoder_names(model)]
     for prefix in prefixes:
         path = path_of(prefix.split(".")[-3] if prefix.count(".") > 1 else "encoder")
-        kind = type(model.get_submodule(prefix.rstrip("."))).__module__
+        encoder = model.get_submodule(prefix.rstrip("."))
+        kind = type(getattr(encoder, COMPILED, encoder)).__module__
         stored = with_vision_names(patched_tensors(clip.patcher, prefix), kind)
         sources.append(Source(path, "CLIP", _named_encoder(path, stored, clip.tokenizer), {}, ()))
-    outside = [key for key in model.state_dict() if not key.startswith(tuple(prefixes)) and not key.endswith(UNSAVED)]
+    keys = map(plain_key, model.state_dict())
+    outside = [key for key in keys if not key.startswith(tuple(prefixes)) and not key.endswith(UNSAVED)]
     if outside:
         log.warning("%d tensors beside the text encoders are not saved: %s", len(outside), name_list(outside))
+    _check_recipe(sources, recipe)
+    warn_of_unsaved(clip.patcher, ", ".join(source.path.name for source in sources))
     return tuple(write_gguf(source, source.path, type_name, _recipe_of(source, recipe)) for source in sources)
+
+
+def _check_recipe(sources: list[Source], recipe: str) -> None:
+    """Refuse a recipe whose names are in none of the encoders."""
+    exact = parse_recipe(recipe)
+    if exact and not any(exact.keys() & source.tensors.keys() for source in sources):
+        problem = f"the text encoders have none of the {len(exact)} names in the recipe: {name_list([*exact])}"
+        raise GGUFError(problem, hint="Take the recipe of one of them.")
 
 
 def _recipe_of(source: Source, recipe: str) -> str:
@@ -134,9 +149,10 @@ def _recipe_of(source: Source, recipe: str) -> str:
 
 def encoder_names(model: torch.nn.Module) -> list[str]:
     """Where a CLIP model has its encoders: the names of the modules that have a transformer."""
-    return [
+    found = (
         name for name, part in model.named_modules() if isinstance(getattr(part, TRANSFORMER, None), torch.nn.Module)
-    ]
+    )
+    return list(dict.fromkeys(map(plain_key, found)))
 
 
 def with_vision_names(stored: Tensors, module: str) -> Tensors:
@@ -179,9 +195,22 @@ def _named_encoder(path: Path, stored: Tensors, tokenizer: Any) -> Tensors:
 
 def patched_tensors(patcher: Any, prefix: str = "") -> Tensors:
     """Every tensor of a patcher's model whose key has a prefix, under its key without it; computed when read."""
-    keys = [key for key in patcher.model_state_dict(prefix) if key.startswith(prefix)]
-    kept = [key for key in keys if not key.endswith((*SCALES, FILE_MARKER))]
-    return {key.removeprefix(prefix): _patched_tensor(patcher, key) for key in kept}
+    keys = {plain_key(key): key for key in patcher.model_state_dict(prefix.partition(".")[0])}
+    kept = [name for name in keys if name.startswith(prefix) and not name.endswith((*SCALES, FILE_MARKER))]
+    return {name.removeprefix(prefix): _patched_tensor(patcher, keys[name]) for name in kept}
+
+
+def plain_key(key: str) -> str:
+    """A key as it is where nothing is compiled; files and patches have such names."""
+    return ".".join(name for name in key.split(".") if name != COMPILED)
+
+
+def warn_of_unsaved(patcher: Any, file_name: str) -> None:
+    """Name what changes a model only while it runs, and is in none of its weights: bypass LoRAs and hooks."""
+    found = [plain_text(str(name)) for name in patcher.injections]
+    found += ["patches of hooks"] if patcher.hook_patches else []
+    if found:
+        log.warning("%s: what changes the model only while it runs is not saved: %s", file_name, name_list(found))
 
 
 def _beside_network(patcher: Any) -> Tensors:
@@ -195,14 +224,18 @@ def _beside_network(patcher: Any) -> Tensors:
 
 def _patched_tensor(patcher: Any, key: str) -> StoredTensor:
     weight, _ = _unpatched(patcher, key)
-    patches = patcher.patches.get(key, [])
+    patches = patches_of(patcher, key)
+    # The precision that it had, also with patches; bfloat16 holds every fp8 value.
+    dtype = torch.bfloat16 if is_quantized(weight) or weight.dtype not in STORED_TYPES else weight.dtype
     blocks = None
-    dtype = weight.dtype if weight.dtype in STORED_TYPES else torch.bfloat16  # which holds every fp8 value
-    if patches:
-        dtype = torch.float32  # sums that 16 bits do not hold; few tensors keep this type
-    elif is_quantized(weight):
+    if is_quantized(weight) and not patches:
         blocks = Blocks(weight._params.qtype, lambda: _unpatched(patcher, key)[0]._qdata)
     return StoredTensor(dtype, _patched_shape(weight, patches), functools.partial(_read, patcher, key), blocks)
+
+
+def patches_of(patcher: Any, key: str) -> PatchList:
+    """Patches of a weight; of those of a compiled part some nodes have added before it was compiled, others after."""
+    return [patch for name in dict.fromkeys((plain_key(key), key)) for patch in patcher.patches.get(name, ())]
 
 
 def _patched_shape(weight: torch.Tensor, patches: PatchList) -> tuple[int, ...]:
@@ -221,16 +254,18 @@ def _patched_shape(weight: torch.Tensor, patches: PatchList) -> tuple[int, ...]:
 def _unpatched(patcher: Any, key: str) -> tuple[Any, Callable[[torch.Tensor], torch.Tensor] | None]:
     """A weight without patches, and what makes floats of it. Source: the host's ModelPatcher.get_key_patches."""
     weight, _, to_float = comfy.model_patcher.get_key_weight(patcher.model, key)
-    if key in patcher.backup:
-        weight = patcher.backup[key].weight
-    if key in patcher.hook_backup:
-        weight = patcher.hook_backup[key][0]
-    return weight.detach(), to_float
+    for name in dict.fromkeys((key, plain_key(key))):
+        if name in patcher.backup:
+            weight = patcher.backup[name].weight
+        if name in patcher.hook_backup:
+            weight = patcher.hook_backup[name][0]
+    # A quantized weight needs no detach, and torch refuses it where the weight was made in another inference mode.
+    return weight.detach() if weight.requires_grad else weight, to_float
 
 
 def _read(patcher: Any, key: str) -> torch.Tensor:
     """A weight on the CPU: its patches added in float32, or as it is if it has none."""
-    patches = patcher.patches.get(key, [])
+    patches = patches_of(patcher, key)
     weight, to_float = _unpatched(patcher, key)
     if not patches and to_float is None:
         plain: torch.Tensor = weight if weight.dtype in STORED_TYPES else weight.float()
@@ -352,7 +387,7 @@ def choose_engine(source: Source, plan: Plan) -> tuple[Engine, int]:
     if not wanted:
         return TorchEngine(), 1
     if engine.device.type != "cpu" and not lacking:
-        return engine, 1
+        return engine, useful_threads(engine, os.cpu_count() or 1)
     library = ggml.find_library()
     if library is not None:
         return GgmlEngine(library), os.cpu_count() or 1

@@ -23,6 +23,7 @@ from .ggml import MAX_IQ_WEIGHT, Ggml
 
 FLOAT_DTYPES = {qtype: PLAIN_DTYPES[qtype] for qtype in (QType.F32, QType.F16, QType.BF16)}
 ENGINES = ("auto", "ggml", "torch")
+DEVICE_THREADS = 2  # one prepares rows while the other's are on the device
 
 
 class Engine(Protocol):
@@ -70,6 +71,11 @@ class TorchEngine:
     def encode(self, weights: torch.Tensor, qtype: QType, importance: torch.Tensor | None) -> torch.Tensor:
         moved = None if importance is None else importance.to(self.device)
         return torch_encoder.encode(weights.to(self.device), qtype, moved).cpu()
+
+
+def useful_threads(engine: Engine, n_threads: int) -> int:
+    """Of so many threads those that make an engine faster: on a device, few."""
+    return n_threads if engine.device.type == "cpu" else min(n_threads, DEVICE_THREADS)
 
 
 def check_engine(engine: Engine, qtypes: frozenset[QType]) -> None:

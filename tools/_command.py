@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command line that writes a file ends: clean up at every signal, one line on stderr for every refusal."""
+"""How a command line that writes a file ends: clean up at every signal, one line on stderr for every refusal.
+
+Also which files it must not write over: those that it reads.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from gguf_kit.errors import GGUFError
+from gguf_kit.models.split_files import present_parts
 from gguf_kit.tools._output import one_line
 from tqdm import tqdm
 
@@ -18,6 +24,20 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 class Stopped(BaseException):
     """A signal asked the program to end; what it leaves behind is removed on the way out."""
+
+
+def check_destination(path: Path, *sources: Path) -> None:
+    """Refuse to write over a source or a part of one, by whatever name.
+
+    Raises:
+        GGUFError: the file to write is one of those that are read.
+    """
+    if not path.exists():
+        return
+    for source in sources:
+        parts = present_parts(str(source)) if source.exists() else []
+        if any(os.path.samefile(path, part) for part in parts):
+            raise GGUFError("source and destination are the same file", path=path, hint="Name another with --dst.")
 
 
 def say(line: str) -> None:

@@ -36,18 +36,17 @@ from gguf_kit.errors import GGUFError, name_list
 from gguf_kit.models import archs
 from gguf_kit.quantize import ggml
 from gguf_kit.quantize.convert import Conversion, check_importance, convert, tensors_without_importance
-from gguf_kit.quantize.encode import ENGINES, Engine, GgmlEngine, TorchEngine
+from gguf_kit.quantize.encode import ENGINES, Engine, GgmlEngine, TorchEngine, useful_threads
 from gguf_kit.quantize.imatrix import read_imatrix
 from gguf_kit.quantize.plan import Choices, Plan, PlannedTensor, make_plan
 from gguf_kit.quantize.recipe_files import parse_qtype, read_recipe_file, recipe_text
 from gguf_kit.quantize.recipes import PLAIN_TYPES, TYPE_NAMES
 from gguf_kit.quantize.sources import Source, open_source
 from gguf_kit.quantize.writer import file_exists, file_size, leftovers, merged_metadata
-from gguf_kit.tools._command import run_command, say
+from gguf_kit.tools._command import check_destination, run_command, say
 from gguf_kit.tools._output import write_out
 from gguf_kit.tools.llama_cpp import build
 
-DEVICE_THREADS = 2  # one prepares rows while the other's are on the device
 ARCH_NAMES = tuple(dict.fromkeys(arch.name for arch in (*archs.ARCHS, *archs.ENCODERS, archs.GENERIC)))
 PRECISION_ENDINGS = tuple(f"-{name}" for name in PLAIN_TYPES)
 
@@ -134,8 +133,7 @@ def destination(args: argparse.Namespace, plan: Plan) -> Path:
     else:
         path = args.dst / name if args.dst.is_dir() else args.dst
     path = Path(os.path.realpath(path))
-    if path == Path(os.path.realpath(src)):
-        raise GGUFError("source and destination are the same file", path=src, hint="Name another with --dst.")
+    check_destination(path, src)
     if not path.parent.is_dir():
         raise GGUFError(f"there is no folder {path.parent}", path=path, hint="Make it first, or name another.")
     return path
@@ -206,7 +204,7 @@ def write_file(args: argparse.Namespace, conversion: Conversion, path: Path) -> 
     torch.set_num_threads(1)  # the threads are ours
     with tqdm(total=plan.data_bytes, unit="B", unit_scale=True, desc=plan.label, disable=None, smoothing=0.1) as bar:
         progress = bar_updater(bar)
-        n_threads = args.threads if engine.device.type == "cpu" else min(args.threads, DEVICE_THREADS)
+        n_threads = useful_threads(engine, args.threads)
         convert(conversion, path, engine, n_threads=n_threads, overwrite=args.overwrite, progress=progress)
     return engine
 

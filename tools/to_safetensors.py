@@ -31,7 +31,7 @@ from gguf_kit.models.split_files import open_gguf
 from gguf_kit.models.values import StateDict
 from gguf_kit.quantize.to_safetensors import FLOAT_TYPES, make_layout, write_safetensors
 from gguf_kit.quantize.writer import file_exists, leftovers
-from gguf_kit.tools._command import run_command, say
+from gguf_kit.tools._command import check_destination, run_command, say
 from gguf_kit.tools._output import write_out
 
 PROG = "to_safetensors"
@@ -87,6 +87,7 @@ def destination(args: argparse.Namespace) -> Path:
 def run(args: argparse.Namespace) -> int:
     """Write the file as the options say."""
     path = destination(args)
+    check_destination(path, args.src, *([] if args.vision in (AUTO, NONE) else [Path(args.vision)]))
     if path.exists() and not args.overwrite:
         raise file_exists(path)
     state, metadata = read_state(args.src, args.vision)

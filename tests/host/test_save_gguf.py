@@ -18,6 +18,7 @@ import tiny
 import torch
 from gguf import GGMLQuantizationType as QType
 from gguf_kit import nodes_save, saver
+from gguf_kit.dequant import PLAIN_DTYPES
 from gguf_kit.errors import GGUFError
 from gguf_kit.gguf_file import GGUFFile
 from gguf_kit.host.lora import patch_weight
@@ -77,8 +78,9 @@ def check_error(path, expected):
             assert torch.all(error <= step * (0.5 + 127 * 2**-11) + 127 * 2**-25), name
             reference = quantize_with_ggml(exact.numpy(), QType.Q8_0)
             assert np.array_equal(GGUFFile(path).data(name).numpy(), reference.reshape(-1)), name
-        else:
-            assert torch.equal(found[name], exact), name
+        else:  # rounded once to the type that it is kept in
+            kept = exact.to(PLAIN_DTYPES[qtypes[name]]) if name in qtypes else exact
+            assert torch.equal(found[name], kept.to(torch.float32)), name
     assert n_quantized > 20
 
 
@@ -106,6 +108,8 @@ def q8_0(path, weights):
         values = exact.numpy()
         if name in tensors and tensors[name].qtype is QType.Q8_0:
             values = gguf.quants.dequantize(gguf.quants.quantize(values, QType.Q8_0), QType.Q8_0)
+        elif name in tensors:
+            values = exact.to(PLAIN_DTYPES[tensors[name].qtype]).float().numpy()
         result[name] = torch.from_numpy(np.array(values))
     return result
 
@@ -143,6 +147,31 @@ def test_a_merge_of_two_models_is_saved(tiny_flux, output):
     found = tiny.float_weights(save(merged, "F32"))
     for name, value in expected.items():
         assert tiny.relative(found[name], value) < 1e-6, name
+
+
+def test_what_a_type_keeps_has_the_precision_of_the_source_after_a_merge_too(tiny_flux, output):
+    """F32 alone holds the sums themselves; else they are rounded once, to the type that they would have unpatched."""
+    first, second = tiny_flux("Q4_K_S"), tiny.quantized_model(tiny_flux("Q8_0"))
+    merged = tiny.with_patches(tiny.quantized_model(first), tiny.lora())
+    for key, patch in second.get_key_patches("diffusion_model.").items():
+        merged.add_patches({key: patch}, 0.5, 0.5)
+    plain = {name: qtype for name, (qtype, _) in data_bytes(save(tiny.quantized_model(first), "Q8_0")).items()}
+    path = save(merged, "Q8_0")
+    assert {name: qtype for name, (qtype, _) in data_bytes(path).items()} == plain
+    exact, rounded = tiny.float_weights(save(merged, "F32")), tiny.float_weights(path)
+    kept = [name for name, qtype in plain.items() if qtype is QType.BF16]
+    assert "img_in.weight" in kept
+    assert all(torch.equal(rounded[name], exact[name].bfloat16().float()) for name in kept)
+    assert not all(torch.equal(rounded[name], exact[name]) for name in kept)
+
+
+@pytest.mark.parametrize("prefix", ["../x", "a/../../x", "/elsewhere/x", "../../x"])
+def test_a_name_outside_the_output_folder_is_refused_in_one_sentence(output, prefix):
+    with pytest.raises(GGUFError, match="leads out of ComfyUI's output folder") as caught:
+        nodes_save.output_path(prefix, "Q8_0")
+    assert "\n" not in str(caught.value)
+    assert str(output) not in str(caught.value)
+    assert nodes_save.output_path("a/../b/x", "Q8_0").parent.resolve() == (output / "b").resolve()
 
 
 @pytest.mark.parametrize("type_name", ["F32", "Q4_K_S"])
@@ -358,7 +387,8 @@ def test_a_gpu_encodes_then_ggml_then_torch(tiny_flux, monkeypatch, device, libr
     source = Source(Path("m"), "MODEL", saver.patched_tensors(tiny.quantized_model(tiny_flux("Q2_K"))), {}, ())
     engine, n_threads = saver.choose_engine(source, make_plan(source, Choices("Q8_0")))
     assert engine.of == chosen
-    assert n_threads == (os.cpu_count() if chosen == "lib" else 1)
+    n_processors, on_gpu = os.cpu_count() or 1, isinstance(chosen, torch.device)
+    assert n_threads == (n_processors if chosen == "lib" else min(2, n_processors) if on_gpu else 1)
     # Floats need none of them.
     assert saver.choose_engine(source, make_plan(source, Choices("F16")))[0].of == "cpu"
 

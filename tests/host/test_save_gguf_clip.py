@@ -170,6 +170,24 @@ def test_a_recipe_is_for_the_encoders_that_have_its_names(tmp_path):
         save_clip(clip, lambda part: tmp_path / f"x-{part}.gguf", "Q8_0", "nonsense")
 
 
+def test_a_recipe_for_none_of_the_encoders_is_refused(tmp_path):
+    clip = make_clip(clip_l=comfy.clip_model.CLIPTextModel(dict(CLIP), torch.float32, CPU, comfy.ops.manual_cast))
+    with pytest.raises(GGUFError, match=r"have none of the 1 names in the recipe: nope\.weight\. Take the recipe of"):
+        save_clip(clip, lambda part: tmp_path / f"{part}.gguf", "Q8_0", "nope.weight=Q4_0")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["clip_l", "clip_l.transformer", "clip_l.transformer.text_model"])
+def test_a_compiled_encoder_is_saved_under_its_names(tmp_path, part):
+    clip = make_clip(clip_l=comfy.clip_model.CLIPTextModel(dict(CLIP), torch.float32, CPU, comfy.ops.manual_cast))
+    (plain,) = save_clip(clip, lambda part: tmp_path / f"plain-{part}.gguf", "Q8_0")
+    module = torch.compile(comfy.utils.get_attr(clip.patcher.model, part), backend="eager")
+    comfy.utils.set_attr(clip.patcher.model, part, module)
+    (plan,) = save_clip(clip, lambda part: tmp_path / f"{part}.gguf", "Q8_0")
+    assert [t.name for t in plan.tensors] == [t.name for t in plain.tensors]
+    assert (tmp_path / "clip_l.gguf").exists()
+
+
 def test_an_unknown_encoder_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     clip_l = comfy.clip_model.CLIPTextModel(dict(CLIP), torch.float32, CPU, comfy.ops.manual_cast)

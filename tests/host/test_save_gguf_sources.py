@@ -101,7 +101,7 @@ def test_a_lora_that_widens_a_layer_makes_another_model(tiny_flux, tmp_path):
     up, down = tiny.factors((256, 128), 1)
     wide = LoRAAdapter(set(), (up, down, 4.0, None, None, [256, 128]))
     patcher = tiny.with_patches(tiny.quantized_model(source), {key: wide}, strength=1.0)
-    path = saved(patcher, tmp_path)
+    path = saved(patcher, tmp_path, "F32")
     expected = torch.cat([tiny.float_weights(source)["img_in.weight"], torch.zeros(256, 64)], 1) + up @ down
     found = tiny.float_weights(path)["img_in.weight"]
     assert tiny.relative(found, expected) < 1e-6
@@ -126,7 +126,78 @@ def test_under_dynamic_vram(tiny_flux, tmp_path, monkeypatch, of_host, resident)
     assert torch.equal(tiny.run(patcher, load=False), before)
 
 
+@pytest.mark.parametrize("part", ["diffusion_model", "diffusion_model.double_blocks.0"])
+@pytest.mark.parametrize("order", ["compiled after loading", "LoRA after compiling", "only a clone is compiled"])
+def test_a_compiled_part_has_its_names_and_its_patches(tiny_flux, tmp_path, part, order):
+    """As nodes compile: the module is replaced by one that holds it under another name."""
+    source = tiny_flux("Q4_K_S")
+    plain = tiny.quantized_model(source)
+    patcher = plain.clone() if order == "LoRA after compiling" else tiny.with_patches(plain, tiny.lora())
+    compiled = patcher.clone()
+    compiled.add_object_patch(part, torch.compile(compiled.get_model_object(part), backend="eager"))
+    comfy.model_management.load_models_gpu([compiled])
+    assert any("_orig_mod" in key for key in plain.model.state_dict())
+    if order == "LoRA after compiling":  # the host knows the keys as they are now
+        now = {key.replace("._orig_mod", ""): key for key in plain.model.state_dict()}
+        compiled.add_patches({now[key]: adapter for key, adapter in tiny.lora().items()}, 0.8)
+    check_error(
+        saved(patcher if order == "only a clone is compiled" else compiled, tmp_path),
+        patched_floats(source, tiny.lora()),
+    )
+
+
+@pytest.mark.parametrize("of_host", [False, True], ids=["GGUF", "safetensors"])
+def test_a_model_of_the_host_that_was_patched_before_a_part_was_compiled(tiny_flux, tmp_path, of_host):
+    """The host keeps what a weight was under the name that it had then."""
+    source = tiny_flux("BF16" if of_host else "Q4_K_S")
+    patcher = tiny.with_patches((tiny.float_model if of_host else tiny.quantized_model)(source), tiny.lora())
+    comfy.model_management.load_models_gpu([patcher])
+    blocks = patcher.model.diffusion_model.double_blocks
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+    check_error(saved(patcher, tmp_path), patched_floats(source, tiny.lora()))
+
+
+@pytest.mark.parametrize("loaded_in_inference", [False, True])
+@pytest.mark.parametrize("saved_in_inference", [False, True])
+def test_loaded_in_one_inference_mode_and_saved_in_another(
+    tiny_flux, tmp_path, loaded_in_inference, saved_in_inference
+):
+    source = tiny_flux("Q4_K_S")
+    with torch.inference_mode(loaded_in_inference):
+        patcher = tiny.with_patches(tiny.quantized_model(source), tiny.lora())
+    with torch.inference_mode(saved_in_inference):
+        path = saved(patcher, tmp_path)
+    check_error(path, patched_floats(source, tiny.lora()))
+
+
 # -- what is not in the weights --
+
+
+def test_what_changes_a_model_only_while_it_runs_is_named(tiny_flux, tmp_path, caplog):
+    patcher = tiny.quantized_model(tiny_flux("Q2_K"))
+    with caplog.at_level("WARNING", "gguf_kit"):
+        saved(patcher, tmp_path)
+    assert "not saved" not in caplog.text
+    patcher = patcher.clone()
+    patcher.set_injections("bypass_lora", [])
+    patcher.hook_patches["a hook"] = {}
+    with caplog.at_level("WARNING", "gguf_kit"):
+        saved(patcher, tmp_path, "F32")
+    told = [record.message for record in caplog.records if "not saved" in record.message]
+    wanted = "what changes the model only while it runs is not saved: bypass_lora, patches of hooks"
+    assert told == [f"saved-F32.gguf: {wanted}"]
+
+
+@pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="this host has no bypass LoRAs")
+def test_a_bypass_lora_is_named(tiny_flux, tmp_path, caplog):
+    up, down = tiny.factors((1024, 256), 1)
+    name = "diffusion_model.double_blocks.1.img_mlp.0"
+    lora = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    patcher, _ = comfy.sd.load_bypass_lora_for_models(tiny.quantized_model(tiny_flux("Q2_K")), None, lora, 1.0, 0.0)
+    with caplog.at_level("WARNING", "gguf_kit"):
+        saved(patcher, tmp_path)
+    assert "what changes the model only while it runs is not saved: bypass_lora" in caplog.text
+
 
 MARKS = {
     "v-prediction": ["v_pred"],

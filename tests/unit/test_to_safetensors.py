@@ -159,6 +159,35 @@ def test_an_existing_file_is_replaced_only_when_asked(tmp_path, tiny_flux, capsy
     assert len(load_file(path)) > 90
 
 
+@pytest.mark.parametrize("name", ["same", "link", "folder", "part", "later part", "vision"])
+def test_a_source_is_never_written_over(tmp_path, capsys, name):
+    """By whatever name it is called, and whichever part of it it is."""
+    tensor = ("x.weight", QType.F32, (1,), bytes(4))
+    src = dst = write_file(tmp_path / "m.gguf", [tensor])
+    options = []
+    if name == "link":
+        dst = tmp_path / "link.safetensors"
+        dst.symlink_to(src)
+    if name == "folder":
+        (tmp_path / "folder").mkdir()
+        dst = tmp_path / "folder" / ".." / "m.gguf"
+    if "part" in name:
+        parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+        for i, part in enumerate(parts):
+            tensors = [(f"x{i}.weight", *tensor[1:])]
+            part.write_bytes(gguf_builder.build_gguf({"split.count": (2, 2), "split.no": (2, i)}, tensors))
+        src, dst = parts[0], parts[name == "later part"]
+    if name == "vision":
+        dst = tmp_path / "mmproj.gguf"
+        dst.write_bytes(b"vision")
+        options = ["--vision", dst]
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.gguf")}
+    assert run("--src", src, "--dst", dst, "--overwrite", *options) == 2
+    assert "source and destination are the same file. Name another with --dst." in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.gguf")} == before
+    assert not list(tmp_path.glob("*.part"))
+
+
 @pytest.mark.parametrize("case", ["no file", "not gguf", "part"])
 def test_refusals_are_one_line(tmp_path, capsys, case):
     src = tmp_path / "m.gguf"
