@@ -34,6 +34,7 @@ from .host.patcher import adopt
 from .loader import LoadInfo, load_component
 from .models import kinds
 from .models.arch_entry import Shapes
+from .models.joined import lacking_parts
 from .models.kinds import Kind
 from .models.values import QuantizedBytes, StateDict
 from .ops import make_ops
@@ -47,6 +48,8 @@ T = TypeVar("T")
 _PLAIN_NAMES = frozenset(qtype.name for qtype in PLAIN_DTYPES)
 # Host's parameters with other keys in older files, which torch itself renames as it loads them.
 _RENAMED_BY_TORCH = ".parametrizations."
+# Parameters that files may lack: hosts fill them themselves (Stable Cascade), or use them only in training (DINO).
+_NOT_NEEDED = frozenset({"encoder.mean", "encoder.std", "embeddings.mask_token"})
 
 
 # -- what the kinds share --
@@ -84,7 +87,7 @@ def _build(info: LoadInfo, values: StateDict, kind: Kind, build: Callable[[], T 
         built, error = None, failure
     if built is not None:
         return built
-    found = kinds.what_is({key: tuple(value.shape) for key, value in values.items()})
+    found = kinds.what_is(_shapes(values))
     if found is not None and found is not kind:
         raise _wrong_kind(info, found, kind)
     if error is not None:
@@ -94,6 +97,18 @@ def _build(info: LoadInfo, values: StateDict, kind: Kind, build: Callable[[], T 
         path=info.path,
         hint="This ComfyUI may be too old for it, or the file was converted for another program.",
     )
+
+
+def _shapes(values: Mapping[str, Any]) -> Shapes:
+    return {key: tuple(value.shape) for key, value in values.items()}
+
+
+def _refuse_models(info: LoadInfo, values: StateDict, kind: Kind) -> None:
+    """Refuse whole models, which may be too large to be dequantized, by their names; of all else the host decides."""
+    shapes = _shapes(values)
+    found = None if kind.matches(shapes) else kinds.what_is(shapes)
+    if found is not None and found.node in kinds.WHOLE_MODELS:
+        raise _wrong_kind(info, found, kind)
 
 
 def _wrong_kind(info: LoadInfo, found: Kind, wanted: Kind) -> UnsupportedArch:
@@ -113,7 +128,7 @@ def _missing_in_parts(model: torch.nn.Module, keys: Collection[str]) -> list[str
         part = name.partition(".")[0]
         if name in ends or any(end in keys for end in _ends(name)):
             present.add(part)
-        elif _RENAMED_BY_TORCH not in name:
+        elif _RENAMED_BY_TORCH not in name and name not in _NOT_NEEDED:
             missing.setdefault(part, []).append(name)
     return sorted(name for part, names in missing.items() if part in present for name in names)
 
@@ -144,8 +159,8 @@ def load_vae(path: str) -> Any:
     """
     values, info = load_component(path)
     values = _strip_common(values, _VAE_PREFIXES)
-    state = to_floats(values)
-    shapes = {key: tuple(value.shape) for key, value in state.items()}  # the host empties the state dict
+    _refuse_models(info, values, kinds.VAE)
+    state, shapes = to_floats(values), _shapes(values)  # the host empties the state dict
     metadata = dict(info.metadata) or None
 
     def build() -> Any:
@@ -197,12 +212,17 @@ def load_clip_vision(path: str) -> Any:
         GGUFError: with one sentence for the user.
     """
     values, info = load_component(path)
+    _refuse_models(info, values, kinds.CLIP_VISION)
     device = comfy.model_management.text_encoder_device()
     state = to_floats(values, comfy.model_management.text_encoder_dtype(device))
-    if _OPEN_CLIP in state:
-        state = comfy.clip_vision.convert_to_transformers(state, "visual.")
-    keys = {*state}
-    model = _build(info, values, kinds.CLIP_VISION, lambda: comfy.clip_vision.load_clipvision_from_sd(state))
+    keys: set[str] = set()
+
+    def build() -> Any:
+        named = comfy.clip_vision.convert_to_transformers(state, "visual.") if _OPEN_CLIP in state else state
+        keys.update(named)
+        return comfy.clip_vision.load_clipvision_from_sd(named)
+
+    model = _build(info, values, kinds.CLIP_VISION, build)
     missing = _missing_in_parts(model.model, keys)
     if missing:
         raise incomplete(path, missing)
@@ -217,8 +237,8 @@ _FLOAT_CONTROLS = re.compile(r"lora_controlnet|(adapter\.)?body\..*|backbone\..*
 _DIFFERENCE = "difference"
 # By the name of the file the host knows a ControlNet whose outputs it has to average; a type may follow in ours.
 _AVERAGED = re.compile(r".*_shuffle(_fp16)?([-_.]+(I?Q\d\w*|B?F16|F32))?", re.IGNORECASE | re.DOTALL)
-# What the host takes from the diffusion model when a ControlNet is used.
-_FROM_MODEL = ("x_embedder.", "orig_y_embedder.")
+# Parameters of models themselves, not of their layers, of ControlNets whose names the host keeps.
+_BARE = ("task_embedding", "text_embedding_padding", "pooler.positional_embedding")
 
 
 def load_controlnet(path: str, model: Any = None) -> Any:
@@ -235,19 +255,19 @@ def load_controlnet(path: str, model: Any = None) -> Any:
         raise UnsupportedArch(
             "this ControlNet is stored as the difference to a model", path=path, hint="Connect that model to the node."
         )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"custom_operations": make_ops()}
     if _AVERAGED.fullmatch(os.path.splitext(os.path.basename(path))[0]):
         options["global_average_pooling"] = True
-    keeps_bytes = not _needs_floats(values)
-    if keeps_bytes:
-        options["custom_operations"] = make_ops()
-    state = to_host(values) if keeps_bytes else to_floats(values, own_memory=_DIFFERENCE in values)
+    converted = _converted(values)
+    keeps_bytes = converted is None and _DIFFERENCE not in values and not any(map(_FLOAT_CONTROLS.fullmatch, values))
+    state = to_host(values) if keeps_bytes else _control_floats(info, values, converted)
     load = comfy.controlnet.load_controlnet_state_dict
     control = _build(info, values, kinds.CONTROLNET, lambda: load(state, model, options))
-    _check_control(path, control)
+    _check_control(path, control, {*values, *(converted or ())}, renamed=converted is not None)
     if keeps_bytes:
         adopt(control.control_model_wrapped, (_controlnet_patcher, (path,)))
     else:
+        _take_model_dtype(getattr(control, "control_model", None))
         _say_dequantized(info, "ControlNet of this kind")
     return control
 
@@ -258,30 +278,66 @@ def _controlnet_patcher(path: str, disable_dynamic: bool = False) -> Any:
     return patcher
 
 
-def _needs_floats(values: StateDict) -> bool:
-    """Whether the host computes with the tensors of this ControlNet before, or without, putting them into layers."""
-    if _DIFFERENCE in values or any(map(_FLOAT_CONTROLS.fullmatch, values)):
-        return True
+def _converted(values: StateDict) -> Tensors | None:
+    """What the host makes of a ControlNet in diffusers' layout of Flux and SD3, without values; None: of any other.
+
+    With these tensors the host computes before it puts them into layers.
+    """
     metas = {key: torch.empty(value.shape, device="meta") for key, value in values.items()}
     try:
-        return comfy.model_detection.convert_diffusers_mmdit(metas, "") is not None
+        converted: Tensors | None = comfy.model_detection.convert_diffusers_mmdit(metas, "")
     except HOST_ERRORS:  # not for this kind; what it cannot convert, it does not convert when it loads either
-        return False
+        return None
+    return converted
 
 
-def _check_control(path: str, control: Any) -> None:
-    """Refuse a ControlNet that lacks parameters which nothing else fills."""
+def _control_floats(info: LoadInfo, values: StateDict, converted: Tensors | None) -> Tensors:
+    """The floats of a ControlNet in the dtype that the host will choose, where it can be asked; else in float32."""
+    _refuse_models(info, values, kinds.CONTROLNET)
+    dtype = torch.float32
+    if converted is not None:
+        lacking = lacking_parts(values)
+        if lacking:
+            raise incomplete(info.path, lacking)
+        try:
+            dtype = comfy.controlnet.controlnet_config(converted)[3]
+        except HOST_ERRORS as error:  # it then fails in the same way when it loads
+            log.debug("%s: ComfyUI tells no dtype: %s", info.path, error)
+    return to_floats(values, dtype, own_memory=_DIFFERENCE in values)
+
+
+def _take_model_dtype(model: torch.nn.Module | None) -> None:
+    """Round layers to the dtype that the host chose, as its own would: ours keep what they are given."""
+    for module in () if model is None else model.modules():
+        if isinstance(module, QuantizedLayer) and module.weight_comfy_model_dtype is not None:
+            module.to(module.weight_comfy_model_dtype)
+
+
+def _check_control(path: str, control: Any, keys: Collection[str], *, renamed: bool) -> None:
+    """Refuse a ControlNet that lacks parameters which nothing else fills.
+
+    Args:
+        renamed: the keys hold all names that the host gave its model, so that each of its parameters can be looked up.
+    """
     model = getattr(control, "control_model", None)
     if model is None:  # a T2I-Adapter, which the host refuses itself, or a Control-LoRA, which is no whole model
         return
-    is_filled = isinstance(control, comfy.controlnet.ControlNetSD35)
-    missing = [f"{name}.{last}" for name, module in model.named_modules() for last in getattr(module, "missing", ())]
-    missing = sorted(name for name in missing if not (is_filled and name.startswith(_FROM_MODEL)))
+    missing = {f"{name}.{last}" for name, module in model.named_modules() for last in getattr(module, "missing", ())}
+    layers = {name for name, module in model.named_modules() if hasattr(module, "missing")}
+    bare = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in layers}
+    ends = {*keys} if renamed else {end for key in keys for end in _ends(key)}
+    missing |= {name for name in bare - ends if renamed or name in _BARE}
+    if isinstance(control, comfy.controlnet.ControlNetSD35):  # takes it from the diffusion model when it is used
+        taken = "orig_y_embedder." if model.double_y_emb else "x_embedder."
+        missing = {name for name in missing if not name.startswith(taken)}
     if missing:
-        raise incomplete(path, missing)
+        raise incomplete(path, sorted(missing))
 
 
 # -- LoRA --
+
+# Dots of the longest names of factors: .lora_linear_layer.up.weight
+_LORA_DOTS = 3
 
 
 def load_lora(path: str) -> tuple[Tensors, Mapping[str, str]]:
@@ -293,17 +349,25 @@ def load_lora(path: str) -> tuple[Tensors, Mapping[str, str]]:
         GGUFError: with one sentence for the user.
     """
     values, info = load_component(path)
-    lora = to_floats(values)
-    _build(info, values, kinds.LORA, lambda: _is_lora(lora) or None)
+    _build(info, values, kinds.LORA, lambda: _is_lora(values) or None)
     _say_dequantized(info, "LoRA")
-    return lora, info.metadata
+    return to_floats(values), info.metadata
 
 
-def _is_lora(lora: Tensors) -> bool:
+def _is_lora(values: StateDict) -> bool:
     """Whether the host reads a patch from any of these keys, whatever model it is for."""
-    converted = comfy.lora_convert.convert_lora(lora)
-    starts = ([key[:i] for i, char in enumerate(key) if char == "."] for key in converted)
-    return any(comfy.lora.load_lora(converted, {start: start for start in of_key}, False) for of_key in starts)
+    zero = torch.zeros(())  # seen everywhere: names and shapes tell
+    converted = comfy.lora_convert.convert_lora({key: zero.expand(value.shape) for key, value in values.items()})
+    return any(comfy.lora.load_lora(converted, {x: x for x in _layer_names(key)}, False) for key in converted)
+
+
+def _layer_names(key: str) -> Iterable[str]:
+    """What a key may begin with in front of the name of a factor."""
+    for _ in range(_LORA_DOTS):
+        key, dot, _last = key.rpartition(".")
+        if dot:
+            yield key
+            yield key.removesuffix("_lora")
 
 
 def apply_lora(
@@ -368,6 +432,7 @@ def load_latent_upscaler(path: str) -> Any:
     """
     values, info = load_component(path)
     loader = _host_loader(path, "LatentUpscaleModelLoader", kinds.LATENT_UPSCALER)
+    _refuse_models(info, values, kinds.LATENT_UPSCALER)
     state, metadata = to_floats(values), dict(info.metadata) or None
     model = _build(info, values, kinds.LATENT_UPSCALER, lambda: run_loader(loader, path, state, metadata))
     _say_dequantized(info, "latent upscale model")

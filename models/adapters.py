@@ -18,7 +18,20 @@ from .values import StateDict
 ALPHA_KEY = "adapter.lora.alpha"
 _PAIR = re.compile(r"(?P<layer>.+?)(\.weight)?\.lora_(?P<side>[ab])(\.weight)?")
 # Beginnings of names by which ComfyUI knows whose layer it is; any other is of the diffusion model.
-_PREFIXES = ("diffusion_model.", "text_encoders.", "transformer.", "unet.", "lora_", "base_model.")
+_PREFIXES = (
+    "diffusion_model.",
+    "text_encoders.",
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoder_3.",
+    "transformer.",
+    "unet.",
+    "lora_",
+    "lycoris_",
+    "base_model.",
+)
+_CHECKPOINT_PREFIX = "model.diffusion_model."
+_OF_LAYERS = ("alpha", "dora_scale")  # what a file may have beside a pair
 # Names of layers in llama.cpp's own models.
 _LLAMA_CPP = re.compile(r"(enc\.|dec\.|v\.)?blk\.\d+\..*|token_embd|output(_norm)?")
 
@@ -40,14 +53,23 @@ def with_host_names(file: GGUFFile, state: StateDict) -> StateDict:
             hint="Take a LoRA for the diffusion model.",
         )
     alpha = file.metadata.get(ALPHA_KEY)
+    names = {match["layer"]: _host_name(match["layer"]) for match in pairs.values()}
     renamed: StateDict = {}
     for key, value in state.items():
         match = pairs.get(key)
         if match is None:
-            renamed[key] = value
+            layer, _, last = key.rpartition(".")
+            renamed[f"{names[layer]}.{last}" if layer in names and last in _OF_LAYERS else key] = value
             continue
-        layer = match["layer"] if match["layer"].startswith(_PREFIXES) else f"diffusion_model.{match['layer']}"
-        renamed[f"{layer}.lora_{match['side'].upper()}.weight"] = value
+        name = names[match["layer"]]
+        renamed[f"{name}.lora_{match['side'].upper()}.weight"] = value
         if isinstance(alpha, float) and f"{match['layer']}.alpha" not in state:
-            renamed[f"{layer}.alpha"] = torch.tensor(alpha)
+            renamed[f"{name}.alpha"] = torch.tensor(alpha)
     return renamed
+
+
+def _host_name(layer: str) -> str:
+    """The name of a pair's layer under which ComfyUI looks for it."""
+    if layer.startswith(_CHECKPOINT_PREFIX):
+        return layer.removeprefix("model.")
+    return layer if layer.startswith(_PREFIXES) else f"diffusion_model.{layer}"

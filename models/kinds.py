@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What kind of model a file holds, by its tensor names: for the sentence that a user reads who chose the wrong loader.
 
-Whether a file can be loaded is the host's decision; nothing here is asked before the host has refused it.
+Whether a file can be loaded is the host's decision. Before the host is asked, only what is told by its architecture is
+refused where it would have to be dequantized first.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ VISION_PART = Kind("the vision part (mmproj) of a text encoder", "CLIPLoader (GG
 CHECKPOINT = Kind("a whole checkpoint", "Load Checkpoint (GGUF)")
 DIFFUSION_NODE = "Unet Loader (GGUF)"
 TEXT_ENCODER = Kind("a text encoder", "CLIPLoader (GGUF)")
+# Nodes of the kinds that are told by their whole architecture, not by one name.
+WHOLE_MODELS = frozenset({CHECKPOINT.node, DIFFUSION_NODE, TEXT_ENCODER.node})
 
 # A kind whose names are among those of a later one comes before it.
 KINDS = (MODEL_PATCH, LATENT_UPSCALER, CONTROLNET, LORA, CLIP_VISION, VISION_PART, VAE)

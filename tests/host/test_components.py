@@ -15,6 +15,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy import diffusers_convert
+from comfy.ldm.cascade.stage_c_coder import StageC_coder
 from component_files import (
     copies,
     load,
@@ -391,3 +392,57 @@ def test_floats_in_own_memory_leave_the_file_alone(folder):
     for value in floats.values():
         value.zero_()
     assert all(value.any() for key, value in components.to_floats(values).items() if key.endswith("1.weight"))
+
+
+def test_a_whole_model_is_refused_before_it_is_dequantized(folder, tiny_flux, monkeypatch):
+    os.link(tiny_flux("Q8_0"), folder / "flux.gguf")
+    load_host_node("LatentUpscaleModelLoader", "nodes_hunyuan")
+    monkeypatch.setattr(components, "to_floats", lambda *args, **options: pytest.fail("dequantized"))
+    for node_id, name in (
+        ("VAELoaderGGUF", "vae_name"),
+        ("CLIPVisionLoaderGGUF", "clip_name"),
+        ("LatentUpscaleModelLoaderGGUF", "model_name"),
+        ("LoraLoaderModelOnlyGGUF", "lora_name"),
+    ):
+        inputs = {"model": None, "strength_model": 1.0} if "Lora" in node_id else {}
+        with pytest.raises(UnsupportedArch, match="it is a diffusion model"):
+            load(node_id, **{name: "flux.gguf"}, **inputs)
+
+
+def refused(shapes, kind):
+    values = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    info = SimpleNamespace(path="a.gguf")
+    try:
+        return components._refuse_models(info, values, kind) is not None
+    except UnsupportedArch:
+        return True
+
+
+def test_a_vision_model_beside_its_text_model_is_not_refused_by_its_names():
+    from model_keys import read_keys
+
+    names = {"vision_model.encoder.layers.0.layer_norm1.weight": (32,), "blk.0.attn_q.weight": (32, 32)}
+    names |= {f"text_model.encoder.layers.{i}.mlp.fc1.weight": (32, 32) for i in range(12)}
+    assert not refused(names, components.kinds.CLIP_VISION)
+    assert refused(read_keys("flux-dev"), components.kinds.CLIP_VISION)
+    assert refused({"encoder.block.0.layer.0.SelfAttention.q.weight": (32, 32)}, components.kinds.VAE)
+
+
+def test_parameters_that_hosts_fill_or_never_use_may_be_missing(folder):
+    coder = StageC_coder().state_dict()
+    encoder = {key.removeprefix("encoder."): value for key, value in coder.items() if key.startswith("encoder.")}
+    for filled in ("mean", "std"):
+        del encoder[filled]
+    write_floats(folder / "encoder.gguf", encoder)
+    vae = load("VAELoaderGGUF", vae_name="encoder.gguf")
+    assert isinstance(vae.first_stage_model, StageC_coder)
+    model = torch.nn.ModuleDict({"embeddings": torch.nn.Linear(1, 1)})
+    model.embeddings.register_parameter("mask_token", torch.nn.Parameter(torch.zeros(1)))
+    assert not components._missing_in_parts(model, {"embeddings.weight", "embeddings.bias"})
+    assert components._missing_in_parts(model, {"embeddings.weight"}) == ["embeddings.bias"]
+
+
+def test_a_vision_model_whose_joined_weights_have_another_shape_is_refused(folder):
+    write_gguf(folder / "v.gguf", {components._OPEN_CLIP: torch.zeros(1)})
+    with pytest.raises(UnsupportedArch):
+        load("CLIPVisionLoaderGGUF", clip_name="v.gguf")

@@ -5,6 +5,7 @@ import logging
 
 import comfy.cldm.cldm
 import comfy.cldm.dit_embedder
+import comfy.cldm.mmdit
 import comfy.controlnet
 import comfy.ldm.flux.controlnet
 import comfy.ldm.flux.model
@@ -202,7 +203,7 @@ def test_under_dynamic_vram_results_are_the_same(folder, monkeypatch):
 def test_a_controlnet_of_sdxl_in_the_layout_of_diffusers_keeps_its_bytes():
     names = ("conv_in.weight", "controlnet_cond_embedding.conv_in.weight", "controlnet_down_blocks.0.weight")
     names += ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight", "time_embedding.linear_1.weight")
-    assert not components._needs_floats({name: torch.zeros(4, 32) for name in names})
+    assert components._converted({name: torch.zeros(4, 32) for name in names}) is None
 
 
 def dequantized(caplog):
@@ -282,11 +283,108 @@ def test_a_controlnet_that_lacks_a_weight_is_refused(folder):
             load("ControlNetLoaderGGUF", control_net_name=NAME)
 
 
-def embedder_weights():
+FLUX_PARTS = (
+    "context_embedder.weight",
+    "transformer_blocks.0.norm1.linear.weight",
+    "transformer_blocks.0.attn.to_q.weight",
+    "transformer_blocks.0.attn.to_k.bias",
+    "transformer_blocks.0.attn.add_v_proj.weight",
+    "single_transformer_blocks.0.proj_mlp.weight",
+    "single_transformer_blocks.0.attn.to_v.weight",
+    "transformer_blocks.0.attn.norm_q.weight",
+    "controlnet_mode_embedder.weight",
+    "controlnet_blocks.0.bias",
+)
+
+
+@pytest.mark.parametrize("gone", FLUX_PARTS)
+def test_a_flux_controlnet_in_the_layout_of_diffusers_that_lacks_a_weight_is_refused(folder, gone):
+    weights = instantx_weights()
+    weights.pop(gone)
+    write_gguf(folder / NAME, weights)
+    if gone == "controlnet_mode_embedder.weight":  # one for a single kind of pictures
+        assert load("ControlNetLoaderGGUF", control_net_name=NAME).control_model.num_union_modes == 0
+        return
+    with pytest.raises(UnsupportedArch, match="tensors that ComfyUI needs are missing"):
+        load("ControlNetLoaderGGUF", control_net_name=NAME)
+
+
+SD3 = {"pos_embed.proj.weight": "x_embedder.proj.weight", "pos_embed.proj.bias": "x_embedder.proj.bias"}
+
+
+def sd3_weights():
+    """A ControlNet of Stable Diffusion 3 in diffusers' layout, one of two blocks, 128 wide."""
+    config = {"patch_size": 2, "in_channels": 16, "depth": 2, "adm_in_channels": 2048, "qkv_bias": True}
+    config |= {"input_size": None, "pos_embed_max_size": 192, "num_patches": 192 * 192}
+    config |= {"context_embedder_config": {"params": {"in_features": 4096, "out_features": 128}}}
+    config["context_embedder_config"]["target"] = "torch.nn.Linear"
+    model = comfy.cldm.mmdit.ControlNet(num_blocks=1, control_latent_channels=16, device="cpu", **config, **FLOATS)
+    native = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    shapes = {key: shape for key, shape in native.items() if key.startswith(("controlnet", "pos_embed_input"))}
+    for key, target in comfy.utils.mmdit_to_diffusers({"depth": 2, "num_blocks": 1}).items():
+        name, part = (target, None) if isinstance(target, str) else (target[0], target[1])
+        if name in native:
+            shapes[key] = (part[2], *native[name][1:]) if part else native[name]
+    return random_weights(shapes)
+
+
+def test_an_sd3_controlnet_in_the_layout_of_diffusers_loads_and_refuses_what_lacks_a_weight(folder):
+    weights = sd3_weights()
+    exact = write_gguf(folder / NAME, weights)
+    found = load("ControlNetLoaderGGUF", control_net_name=NAME).control_model.state_dict()
+    expected = comfy.controlnet.load_controlnet_state_dict(copies(exact)).control_model.state_dict()
+    assert {*found} == {*expected}
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    for gone in (
+        "context_embedder.bias",
+        "transformer_blocks.0.attn.to_q.weight",
+        "time_text_embed.timestep_embedder.linear_1.bias",
+    ):
+        write_gguf(folder / NAME, {key: value for key, value in weights.items() if key != gone})
+        with pytest.raises(UnsupportedArch, match="tensors that ComfyUI needs are missing"):
+            load("ControlNetLoaderGGUF", control_net_name=NAME)
+
+
+def test_floats_are_of_the_dtype_that_the_host_computes_in(folder, monkeypatch):
+    exact = write_gguf(folder / NAME, instantx_weights())
+    monkeypatch.setattr(comfy.model_management, "unet_dtype", lambda *args, **kwargs: torch.bfloat16)
+    seen, to_floats = [], components.to_floats
+
+    def spy(values, dtype=torch.float32, **options):
+        seen.append(dtype)
+        return to_floats(values, dtype, **options)
+
+    monkeypatch.setattr(components, "to_floats", spy)
+    found = load("ControlNetLoaderGGUF", control_net_name=NAME).control_model.state_dict()
+    expected = comfy.controlnet.load_controlnet_state_dict(copies(exact)).control_model.state_dict()
+    assert seen == [torch.bfloat16]
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def union_weights():
+    """A ControlNet of Stable Diffusion's UNet for several kinds of pictures."""
+    config = {"image_size": 32, "in_channels": 4, "model_channels": 64, "hint_channels": 3, "num_res_blocks": [1, 1]}
+    config |= {"channel_mult": (1, 2), "transformer_depth": [1, 1], "transformer_depth_middle": 1, "context_dim": 64}
+    config |= {"num_head_channels": 64, "use_spatial_transformer": True, "union_controlnet_num_control_type": 6}
+    return comfy.cldm.cldm.ControlNet(**config, operations=comfy.ops.disable_weight_init)
+
+
+def test_a_parameter_of_the_model_itself_is_missed_under_any_prefix():
+    from types import SimpleNamespace
+
+    control = SimpleNamespace(control_model=union_weights())
+    keys = {*control.control_model.state_dict()}
+    components._check_control("a.gguf", control, {f"control_model.{key}" for key in keys}, renamed=False)
+    with pytest.raises(UnsupportedArch, match="1 tensors that ComfyUI needs are missing: task_embedding"):
+        components._check_control("a.gguf", control, keys - {"task_embedding"}, renamed=False)
+
+
+def embedder_weights(double=False):
     """A ControlNet of Stable Diffusion 3.5, one block of 256."""
     config = {"img_size": None, "patch_size": 2, "in_chans": 16, "num_layers": 1, "main_model_double": 4}
     config |= {"attention_head_dim": 64, "num_attention_heads": 4, "adm_in_channels": 2048}
-    model = comfy.cldm.dit_embedder.ControlNetEmbedder(**config, double_y_emb=False, device="cpu", **FLOATS)
+    model = comfy.cldm.dit_embedder.ControlNetEmbedder(**config, double_y_emb=double, device="cpu", **FLOATS)
     return module_weights(model)
 
 
@@ -300,6 +398,23 @@ def test_what_the_host_takes_from_the_model_may_be_missing(folder):
     write_gguf(folder / NAME, own)
     with pytest.raises(UnsupportedArch, match=r"missing: t_embedder\.mlp\.0\.weight"):
         load("ControlNetLoaderGGUF", control_net_name=NAME)
+
+
+@pytest.mark.parametrize(
+    ("double", "taken", "own"), [(0, "x_embedder", "y_embedder"), (1, "orig_y_embedder", "x_embedder")]
+)
+def test_only_what_the_host_takes_from_the_model_may_be_missing(folder, double, taken, own):
+    weights = embedder_weights(bool(double))
+    for part, is_taken in ((taken, True), (own, False)):
+        left = {key: value for key, value in weights.items() if not key.startswith(f"{part}.")}
+        assert len(left) < len(weights)
+        left |= {k: v for k, v in weights.items() if k == "y_embedder.mlp.0.weight"}  # the host reads its shape
+        write_gguf(folder / NAME, left)
+        if is_taken:
+            load("ControlNetLoaderGGUF", control_net_name=NAME)
+            continue
+        with pytest.raises(UnsupportedArch, match=rf"missing: {own}\."):
+            load("ControlNetLoaderGGUF", control_net_name=NAME)
 
 
 def test_a_controlnet_alone_is_no_model_patch():

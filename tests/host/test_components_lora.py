@@ -3,6 +3,7 @@
 
 import logging
 
+import comfy.lora
 import comfy.sd
 import comfy.utils
 import gguf
@@ -11,7 +12,7 @@ import pytest
 import tiny
 import torch
 from component_files import random_weights, search_in, write_gguf
-from gguf_kit import nodes, nodes_components
+from gguf_kit import components, nodes, nodes_components
 from gguf_kit.errors import UnsupportedArch
 from safetensors.torch import save_file
 
@@ -152,3 +153,28 @@ def test_a_file_without_any_lora_key_is_refused(folder, model):
     write_gguf(folder / "lora.gguf", random_weights({"a.b.weight": (4, 32), "c.bias": (4,)}))
     with pytest.raises(UnsupportedArch, match="does not recognise it as a LoRA"):
         ours(model)
+
+
+def test_the_names_of_factors_are_sought_at_the_end_of_a_key():
+    import time
+
+    dotted = {"a" + ".b" * 20_000 + ".lora_up": (4, 4)}
+    start = time.monotonic()
+    assert not components._is_lora({key: torch.zeros(shape) for key, shape in dotted.items()})
+    assert time.monotonic() - start < 2
+    for up, down in (
+        (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
+        (".lora_B.default.weight", ".lora_A.default.weight"),
+        ("_lora.up.weight", "_lora.down.weight"),
+        (".lora_B", ".lora_A"),
+        (".lokr_w1", ".lokr_w2"),
+        (".diff", ".alpha"),
+    ):
+        assert components._is_lora({f"a.b.c{up}": torch.zeros(4, 4), f"a.b.c{down}": torch.zeros(1)})
+
+
+def test_pairs_of_a_text_encoder_reach_it(folder):
+    layer = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    write_gguf(folder / "lora.gguf", random_weights({f"{layer}.lora_a": (8, 32), f"{layer}.lora_b": (64, 8)}))
+    lora, _ = components.load_lora(str(folder / "lora.gguf"))
+    assert [*comfy.lora.load_lora(lora, {layer: "there"}, False)] == ["there"]

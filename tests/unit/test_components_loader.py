@@ -8,6 +8,7 @@ import torch
 from gguf_kit.errors import UnsupportedArch
 from gguf_kit.loader import load_component
 from gguf_kit.models import kinds
+from gguf_kit.models.joined import lacking_parts
 from gguf_kit.models.values import QuantizedBytes
 from model_keys import list_encoders, list_names, read_keys
 
@@ -63,6 +64,25 @@ def test_pairs_of_factors_get_the_names_and_the_alpha_that_comfyui_reads(tmp_pat
     for side, value in zip("AB", values, strict=True):
         assert torch.equal(state[f"{layer}.lora_{side}.weight"], torch.from_numpy(value))
     assert info.title == "a LoRA"
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", None),
+        ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1", None),
+        ("lycoris_blocks_0_x", None),
+        ("model.diffusion_model.blocks.0.x", "diffusion_model.blocks.0.x"),
+        ("text_encoding.x", "diffusion_model.text_encoding.x"),
+    ],
+)
+def test_names_that_comfyui_knows_stay(tmp_path, layer, name):
+    value, alpha = np.zeros((4, 8), np.float32), np.full(1, 2, np.float32)
+    tensors = {f"{layer}.lora_a": value, f"{layer}.lora_b": value, f"{layer}.alpha": alpha}
+    state, _ = load_component(write(tmp_path / "lora.gguf", tensors, [("adapter.lora.alpha", 8.0)]))
+    name = name or layer
+    assert {*state} == {f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.alpha"}
+    assert state[f"{name}.alpha"].item() == 2.0
 
 
 def test_pairs_without_alpha_get_none(tmp_path):
@@ -123,3 +143,12 @@ def test_diffusion_models_and_checkpoints_are_told_apart():
 def test_no_model_that_has_another_loader_is_taken_for_a_component(name):
     kind = kinds.what_is(read_keys(name))
     assert kind is None or kind.title.startswith("a diffusion model (" if name in list_names() else "a text encoder")
+
+
+def test_parts_of_joined_weights_are_all_there_or_none():
+    block, single = "transformer_blocks.0.attn", "single_transformer_blocks.3."
+    whole = [f"{block}.to_{x}.weight" for x in "qkv"] + [f"{block}.add_{x}_proj.bias" for x in "qkv"]
+    whole += [f"{single}attn.to_{x}.weight" for x in "qkv"] + [f"{single}proj_mlp.weight", f"{block}.to_out.0.weight"]
+    assert not lacking_parts(whole)
+    for name in whole[:-1]:
+        assert lacking_parts([other for other in whole if other != name]) == [name]
