@@ -25,11 +25,12 @@ from .host.compat import accepted
 from .host.patcher import adopt
 from .loader import LoadInfo, load_checkpoint
 from .models.checkpoints import DIFFUSION_PREFIX, VAE_PREFIXES, has_others
-from .models.repairs import rename_norms
+from .models.repairs import complete_keys, rename_norms
 from .models.values import QuantizedBytes, StateDict
 from .ops import make_ops
 from .service import (
     HOST_ERRORS,
+    MODEL_PREFIX,
     cannot_build,
     incomplete,
     missing_parameters,
@@ -61,21 +62,35 @@ def load_whole(
         GGUFError: with one sentence for the user.
     """
     values, info = load_checkpoint(path)
+    wanted = {"output_model": model, "output_clip": clip, "output_vae": vae}
+    found, missing = _load(path, values, info, **wanted, disable_dynamic=disable_dynamic)
+    if missing and info.cut:  # what those keys were, only the model knows
+        whole = complete_keys(values, info.cut, [DIFFUSION_PREFIX + key.removeprefix(MODEL_PREFIX) for key in missing])
+        found, missing = _load(path, whole, info, **wanted, disable_dynamic=disable_dynamic)
+    if missing:
+        raise incomplete(path, missing)
+    if found[0] is not None:
+        adopt(found[0], (reload_model, (path,)))
+    return found
+
+
+def _load(path: str, values: StateDict, info: LoadInfo, **options: bool) -> tuple[tuple[Any, Any, Any], list[str]]:
+    """What the host makes of a checkpoint, text encoders and VAE checked, and what its diffusion model lacks."""
     values, config = _prepare(path, values, info)
-    state = _dequantize_vae(path, values, config.vae_key_prefix[0])
+    vae_prefix = config.vae_key_prefix[0]
+    if not options["output_vae"]:
+        values = {key: value for key, value in values.items() if not key.startswith(vae_prefix)}
+    state = _dequantize_vae(path, values, vae_prefix)
     exact = _declare_dtypes(state, config)
     kept = dict(state)  # the host empties its own
-    wanted = {"output_model": model, "output_clip": clip, "output_vae": vae}
-    patcher, encoders, decoder = _build(path, state, info, **wanted, disable_dynamic=disable_dynamic)
-    if patcher is not None:
-        _check_model(path, patcher, kept)
-        adopt(patcher, (reload_model, (path,)))
+    patcher, encoders, decoder = _build(path, state, info, **options)
+    missing = [] if patcher is None else _missing(patcher, kept)
     if encoders is not None:
         encoders = _finish_clip(path, encoders, config.process_clip_state_dict(dict(kept)), exact)
     if decoder is not None and decoder.first_stage_model is not None:  # else the host has said that there is no VAE
         check_vae(path, decoder, {key: tuple(value.shape) for key, value in _vae_state(kept, config).items()})
         decoder.patcher.cached_patcher_init = (reload_vae, (path,))
-    return patcher, encoders, decoder
+    return (patcher, encoders, decoder), missing
 
 
 def reload_model(path: str, disable_dynamic: bool = False) -> Any:
@@ -108,7 +123,7 @@ def _prepare(path: str, values: StateDict, info: LoadInfo) -> tuple[StateDict, A
     except HOST_ERRORS as error:
         raise cannot_build(path, error) from error
     if config is None:
-        raise not_recognised(path, info)
+        raise not_recognised(path, info, diffusion)
     # Some models need nothing else: for those the host makes up a VAE.
     if not has_others(others) and not config.process_vae_state_dict({}):
         raise _alone(path, info)
@@ -175,12 +190,10 @@ def _build(path: str, state: dict[str, torch.Tensor], info: LoadInfo, **options:
     return found[0], found[1], found[2]
 
 
-def _check_model(path: str, patcher: Any, state: dict[str, torch.Tensor]) -> None:
-    """Refuse a diffusion model that lacks parameters."""
+def _missing(patcher: Any, state: dict[str, torch.Tensor]) -> list[str]:
+    """Parameters that a diffusion model lacks."""
     found = {k.removeprefix(DIFFUSION_PREFIX): v for k, v in state.items() if k.startswith(DIFFUSION_PREFIX)}
-    missing = missing_parameters(patcher.model, {key: tuple(value.shape) for key, value in found.items()})
-    if missing:
-        raise incomplete(path, missing)
+    return missing_parameters(patcher.model, {key: tuple(value.shape) for key, value in found.items()})
 
 
 def _finish_clip(path: str, clip: Any, loaded: dict[str, torch.Tensor], exact: dict[int, torch.Tensor]) -> Any:

@@ -43,7 +43,7 @@ class FileNames(list[str]):
     """Names to choose from: later parts of split files are not shown, but a saved workflow may name one."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(first_part(name) if isinstance(name, str) else name)
+        return super().__contains__(name) or (isinstance(name, str) and super().__contains__(first_part(name)))
 
 
 def list_files(key: str) -> FileNames:

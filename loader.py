@@ -158,17 +158,24 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[StateDict, LoadInfo]:
     names = {name: name for name in (*parts.diffusion.names.values(), *(p.name for p in parts.others.values()))}
     kind = "checkpoint of " if parts.is_whole else ""
     info = _describe(file, names, f"{kind}{arch.title if arch else UNRECOGNISED}")
+    info = dataclasses.replace(info, cut=frozenset(checkpoints.DIFFUSION_PREFIX + key for key in parts.diffusion.cut))
     return state | checkpoints.read_others(file, parts), info
 
 
 def _no_checkpoint(file: GGUFFile) -> UnsupportedArch:
     """The refusal of a file that is not made up of a diffusion model and other parts."""
-    if "token_embd.weight" in file.tensors or text_encoders.find_native(file.tensors):
-        problem, node = f"it holds a text encoder{_tagged(file)} alone, no whole checkpoint", '"CLIPLoader (GGUF)"'
-    else:
-        problem = f"it is no whole checkpoint of a diffusion model with its text encoders or VAE{_tagged(file)}"
-        node = 'the node for what it holds, such as "Unet Loader (GGUF)"'
-    return UnsupportedArch(problem, path=file.path, hint=f"Load it with {node}.")
+    kind = kinds.what_is(
+        {name.removeprefix(checkpoints.VAE_PREFIXES[0]): file.logical_shape(name) for name in file.tensors}
+    )
+    if kind is not None:
+        return UnsupportedArch(
+            f"it is {kind.title}{_tagged(file)}, no whole checkpoint", path=file.path, hint=f'Use "{kind.node}".'
+        )
+    return UnsupportedArch(
+        f"it is no whole checkpoint of a diffusion model with its text encoders or VAE{_tagged(file)}",
+        path=file.path,
+        hint="Load it with the node for what it holds.",
+    )
 
 
 def load_text_encoder(

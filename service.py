@@ -27,6 +27,7 @@ from .host.compat import accepted, host_version, wrap
 from .host.native import prepare_state
 from .host.patcher import adopt
 from .loader import AUTO, NONE, LoadInfo, load_diffusion_model, load_text_encoder
+from .models import kinds
 from .models.clip_types import ENCODERS, resolve
 from .models.repairs import complete_keys, rename_norms
 from .models.values import QuantizedBytes, StateDict
@@ -87,12 +88,15 @@ def _build_model(
     except HOST_ERRORS as error:
         raise cannot_build(path, error, extra) from error
     if patcher is None:
-        raise not_recognised(path, info)
+        raise not_recognised(path, info, values)
     return patcher, missing_parameters(patcher.model, shapes)
 
 
-def not_recognised(path: str, info: LoadInfo) -> UnsupportedArch:
-    """The refusal of a diffusion model that the host's detection has no class for."""
+def not_recognised(path: str, info: LoadInfo, values: StateDict) -> UnsupportedArch:
+    """The refusal of what the host's detection has no class for: another kind of model, or a newer one."""
+    kind = kinds.what_is({key: tuple(value.shape) for key, value in values.items()})
+    if kind is not None and kind.node != kinds.DIFFUSION_NODE:
+        return UnsupportedArch(f"it is {kind.title}, not a diffusion model", path=path, hint=f'Use "{kind.node}".')
     return UnsupportedArch(
         f"ComfyUI {host_version()} does not recognise this model (general.architecture '{info.arch}')",
         path=path,
@@ -109,8 +113,17 @@ def _laid_over_nothing(path: str, extra: str, info: LoadInfo) -> UnsupportedArch
 
 
 # What a host's detection and model building raise when keys or shapes are not what they expect.
-HOST_ERRORS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
-
+HOST_ERRORS = (
+    RuntimeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    StopIteration,
+    UnboundLocalError,
+)
 
 MODEL_PREFIX = "diffusion_model."
 # Class of a host's model -> parameters that some hosts make and none uses.

@@ -21,7 +21,7 @@ from ..gguf_file import GGUFFile
 from . import text_encoders
 from .arch_entry import Shapes
 from .archs import KEY_PREFIXES, MIN_PREFIXED, strip_prefix
-from .repairs import Keys, restore_shapes, whole_names
+from .repairs import Keys, cut_keys, restore_shapes, whole_names
 from .tokenizers import BYTE_KEYS
 from .values import QuantizedBytes, StateDict, Value, read_tensor
 
@@ -116,15 +116,12 @@ def has_others(keys: Iterable[str]) -> bool:
 
 
 def find_parts(file: GGUFFile) -> Parts:
-    """Tell the parts of a checkpoint apart.
-
-    Raises:
-        UnsupportedArch: a name was cut, and what it was cannot be told.
-    """
+    """Tell the parts of a checkpoint apart."""
     whole = {key: name for key, name in whole_names(file).items() if not key.startswith(AVERAGES)}
     inside = _diffusion_names(whole)
     shapes = restore_shapes({key: file.logical_shape(whole[name]) for key, name in inside.items()})
-    diffusion = Keys({key: whole[name] for key, name in inside.items()}, flatten_projections(shapes))
+    names = {key: whole[name] for key, name in inside.items()}
+    diffusion = Keys(names, flatten_projections(shapes), cut_keys(names))
     used = set(inside.values())
     others = {key: whole[name] for key, name in _t5_keys(name for name in whole if name not in used).items()}
     prefixes = UNET_ENCODERS.get(_context_width(shapes), ())

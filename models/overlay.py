@@ -27,11 +27,11 @@ def check_fit(file: GGUFFile, keys: Keys, extra: GGUFFile, extra_keys: Keys) -> 
     """Refuse a file whose tensors cannot be laid over those of another.
 
     Raises:
-        UnsupportedArch: it is a whole model of another kind, or for a model of another size; the sentence names both.
+        UnsupportedArch: it is a whole model, or for a model of another size; the sentence names both.
     """
     base_name = plain_text(os.path.basename(file.path))
     whole = archs.detect(extra_keys.shapes)
-    if whole is not None and whole is not archs.detect(keys.shapes):
+    if whole is not None and (whole is not archs.detect(keys.shapes) or keys.shapes.keys() <= extra_keys.shapes.keys()):
         raise UnsupportedArch(
             f"it is a whole model ({whole.title}), no modules to be laid over {base_name}",
             path=extra.path,

@@ -51,6 +51,7 @@ N_DIMS = tuple(
         (r"(.*\.)?special_tokens?|null_condition_emb", 3),  # ace/ace_step15.py AceStepConditionGenerationModel
         (r".*\.padding_tokens|casual_audio_encoder\.weights", 4),  # wan/model.py MotionEncoder_tc, CausalAudioEncoder
         (r"motion_encoder\..*\.convs\..*\.bias", 4),  # wan/model_animate.py FusedLeakyReLU
+        (r"embeddings\.(position_embeddings|cls_token|register_tokens)", 3),  # image_encoders/dino2.py, dino3.py
         (r".*\.channelwise\.2\.(gamma|beta)", 4),  # cascade/common.py GlobalResponseNorm
     )
 )
@@ -81,8 +82,12 @@ def find_keys(file: GGUFFile) -> Keys:
     whole = whole_names(file)
     names = {key: whole[name] for key, name in strip_prefix(whole).items()}
     shapes = restore_shapes({key: file.logical_shape(name) for key, name in names.items()})
-    cut = frozenset(key for key, name in names.items() if _may_be_cut(name) and name.endswith(key))
-    return Keys(names, shapes, cut)
+    return Keys(names, shapes, cut_keys(names))
+
+
+def cut_keys(names: Mapping[str, str]) -> frozenset[str]:
+    """Of the keys of some tensors those that may be only the beginning of the model's own."""
+    return frozenset(key for key, name in names.items() if _may_be_cut(name) and name.endswith(key))
 
 
 def read_values(file: GGUFFile, keys: Keys) -> StateDict:

@@ -51,8 +51,9 @@ def present_parts(path: str) -> list[str]:
     part = PART_NAME.fullmatch(name)
     if part is None:
         return [path]
+    present = {*os.listdir(folder or os.curdir)}
     names = (_part_name(part, number) for number in range(1, int(part["n_parts"]) + 1))
-    return [found for found in (os.path.join(folder, name) for name in names) if os.path.isfile(found)] or [path]
+    return [os.path.join(folder, name) for name in names if name in present] or [path]
 
 
 def _part_name(part: re.Match[str], number: int) -> str:

@@ -114,6 +114,11 @@ def test_a_checkpoint_equals_its_dequantized_weights(name, layout, made):
     assert any(True for _ in quantized_modules(found[0].model))
 
 
+def test_names_of_the_diffusion_model_that_were_cut(made):
+    path, kind, weights = made("flux", rename=lambda name: name[:63] if name.startswith("model.diff") else name)
+    assert_same(load(path), host_checkpoint(weights), kind)
+
+
 def test_the_vae_is_dequantized_and_the_log_says_so(made, caplog):
     path, kind, weights = made("sd1", quantize_vae=True)
     with caplog.at_level(logging.INFO, "gguf_kit"):
@@ -302,8 +307,8 @@ def test_a_fused_attention_of_odd_rows_is_named(made):
             ["first_stage_model.", "cond_stage_model."],
             'diffusion model .* alone, no whole checkpoint. Load it with "Unet',
         ),
-        (["model.", "first_stage_model."], 'text encoder .*alone, no whole checkpoint. Load it with "CLIPLoader'),
-        (["model.", "cond_stage_model."], "no whole checkpoint of a diffusion model .* Load it with the node for"),
+        (["model.", "first_stage_model."], r'is a text encoder.*, no whole checkpoint\. Use "CLIPLoader \(GGUF\)"'),
+        (["model.", "cond_stage_model."], r'is a VAE.*, no whole checkpoint\. Use "Load VAE \(GGUF\)"'),
     ],
     ids=["model", "encoder", "vae"],
 )

@@ -142,6 +142,19 @@ def test_a_replaced_file_counts_as_changed(folder, tiny_flux):
     assert nodes.DualCLIPLoaderGGUF.IS_CHANGED(clip_name1="a.gguf", clip_name2="b.gguf", type="flux") == " "
 
 
+def test_a_part_whose_first_part_is_missing_is_offered(folder, tiny_flux):
+    os.link(tiny_flux("Q2_K"), folder / "m-00002-of-00002.gguf")
+    names = nodes.UnetLoaderGGUF.INPUT_TYPES()["required"]["unet_name"][0]
+    assert list(names) == ["m-00002-of-00002.gguf"]
+    assert "m-00002-of-00002.gguf" in names
+
+
+def test_a_vae_is_sent_to_its_own_node(folder, tiny_flux):
+    weights = {f"{part}.conv_in.weight": np.zeros((8, 4, 3, 3), np.float32) for part in ("decoder", "encoder")}
+    path = tiny.copy_file(tiny_flux("Q2_K"), folder / "vae.gguf", lambda name: False, weights)
+    assert sentence(path) == 'vae.gguf: it is a VAE, not a diffusion model. Use "Load VAE (GGUF)".'
+
+
 def test_another_part_of_a_split_file_is_a_change(folder):
     names = [f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
     for name in names:

@@ -246,6 +246,12 @@ def test_a_file_with_nothing_for_the_model(files, folder):
     )
 
 
+def test_the_same_model_whole_is_no_module(files):
+    said = f"is a whole model \\(.*\\), no modules to be laid over {files[1].name}"
+    with pytest.raises(GGUFError, match=said):
+        load(files[1], files[1])
+
+
 def test_a_text_encoder_is_no_module(files, folder):
     extra = {"token_embd.weight": np.zeros((4, 32), np.float32)}
     other = tiny.copy_file(files[2], folder / "encoder.gguf", lambda name: False, extra, tag="t5encoder")
