@@ -36,6 +36,14 @@ def boot_host() -> None:
 boot_host()
 
 
+@pytest.fixture(autouse=True)
+def no_remembered_folders(monkeypatch):
+    """The host remembers the folders that it has listed, and those of earlier tests are gone."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+
+
 @pytest.fixture(params=[False, True], ids=["no inference mode", "inference mode"])
 def inference_mode(request):
     """Runs the test outside and inside torch.inference_mode, in which ComfyUI runs its nodes."""
