@@ -16,6 +16,7 @@ from test_architectures import SMALL_MODELS
 
 
 @pytest.mark.parametrize("name", list(SMALL_MODELS))
+@torch.no_grad()  # in which the host's nodes run; some of its classes write into their parameters
 def test_a_saved_model_is_the_same_model(name, tmp_path, monkeypatch):
     small = SMALL_MODELS[name]
     if not small.known:
