@@ -25,12 +25,12 @@ from .host.compat import accepted
 from .host.patcher import adopt
 from .loader import LoadInfo, load_checkpoint
 from .models.checkpoints import DIFFUSION_PREFIX, VAE_PREFIXES, has_others
-from .models.repairs import complete_keys, rename_norms
-from .models.values import QuantizedBytes, StateDict
+from .models.repairs import rename_norms
+from .models.values import QuantizedBytes, StateDict, shapes_of
 from .ops import make_ops
 from .service import (
     HOST_ERRORS,
-    MODEL_PREFIX,
+    build_completed,
     cannot_build,
     incomplete,
     missing_parameters,
@@ -63,10 +63,11 @@ def load_whole(
     """
     values, info = load_checkpoint(path)
     wanted = {"output_model": model, "output_clip": clip, "output_vae": vae}
-    found, missing = _load(path, values, info, **wanted, disable_dynamic=disable_dynamic)
-    if missing and info.cut:  # what those keys were, only the model knows
-        whole = complete_keys(values, info.cut, [DIFFUSION_PREFIX + key.removeprefix(MODEL_PREFIX) for key in missing])
-        found, missing = _load(path, whole, info, **wanted, disable_dynamic=disable_dynamic)
+
+    def build(whole: StateDict) -> tuple[tuple[Any, Any, Any], list[str]]:
+        return _load(path, whole, info, **wanted, disable_dynamic=disable_dynamic)
+
+    found, missing = build_completed(values, info, build, DIFFUSION_PREFIX)
     if missing:
         raise incomplete(path, missing)
     if found[0] is not None:
@@ -88,7 +89,7 @@ def _load(path: str, values: StateDict, info: LoadInfo, **options: bool) -> tupl
     if encoders is not None:
         encoders = _finish_clip(path, encoders, config.process_clip_state_dict(dict(kept)), exact)
     if decoder is not None and decoder.first_stage_model is not None:  # else the host has said that there is no VAE
-        check_vae(path, decoder, {key: tuple(value.shape) for key, value in _vae_state(kept, config).items()})
+        check_vae(path, decoder, shapes_of(_vae_state(kept, config)))
         decoder.patcher.cached_patcher_init = (reload_vae, (path,))
     return (patcher, encoders, decoder), missing
 
@@ -193,7 +194,7 @@ def _build(path: str, state: dict[str, torch.Tensor], info: LoadInfo, **options:
 def _missing(patcher: Any, state: dict[str, torch.Tensor]) -> list[str]:
     """Parameters that a diffusion model lacks."""
     found = {k.removeprefix(DIFFUSION_PREFIX): v for k, v in state.items() if k.startswith(DIFFUSION_PREFIX)}
-    return missing_parameters(patcher.model, {key: tuple(value.shape) for key, value in found.items()})
+    return missing_parameters(patcher.model, shapes_of(found))
 
 
 def _finish_clip(path: str, clip: Any, loaded: dict[str, torch.Tensor], exact: dict[int, torch.Tensor]) -> Any:

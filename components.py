@@ -34,11 +34,12 @@ from .host.patcher import adopt
 from .loader import LoadInfo, load_component
 from .models import kinds
 from .models.arch_entry import Shapes
+from .models.checkpoints import VAE_PREFIXES
 from .models.joined import lacking_parts
 from .models.kinds import Kind
-from .models.values import QuantizedBytes, StateDict
+from .models.values import QuantizedBytes, StateDict, shapes_of
 from .ops import make_ops
-from .service import HOST_ERRORS, cannot_build, incomplete, to_host
+from .service import HOST_ERRORS, cannot_build, incomplete, missing_in_layers, to_host
 
 log = logging.getLogger("gguf_kit")
 
@@ -87,7 +88,7 @@ def _build(info: LoadInfo, values: StateDict, kind: Kind, build: Callable[[], T 
         built, error = None, failure
     if built is not None:
         return built
-    found = kinds.what_is(_shapes(values))
+    found = kinds.what_is(shapes_of(values))
     if found is not None and found is not kind:
         raise _wrong_kind(info, found, kind)
     if error is not None:
@@ -99,13 +100,9 @@ def _build(info: LoadInfo, values: StateDict, kind: Kind, build: Callable[[], T 
     )
 
 
-def _shapes(values: Mapping[str, Any]) -> Shapes:
-    return {key: tuple(value.shape) for key, value in values.items()}
-
-
 def _refuse_models(info: LoadInfo, values: StateDict, kind: Kind) -> None:
     """Refuse whole models, which may be too large to be dequantized, by their names; of all else the host decides."""
-    shapes = _shapes(values)
+    shapes = shapes_of(values)
     found = None if kind.matches(shapes) else kinds.what_is(shapes)
     if found is not None and found.node in kinds.WHOLE_MODELS:
         raise _wrong_kind(info, found, kind)
@@ -148,8 +145,6 @@ def _without_dynamic(patcher: Any, disable_dynamic: bool) -> Any:
 
 # -- VAE --
 
-_VAE_PREFIXES = ("first_stage_model.", "vae.")
-
 
 def load_vae(path: str) -> Any:
     """A VAE of a GGUF file as the host's VAE; its quantized weights pass through float32 to the dtype the host chooses.
@@ -158,9 +153,9 @@ def load_vae(path: str) -> Any:
         GGUFError: with one sentence for the user.
     """
     values, info = load_component(path)
-    values = _strip_common(values, _VAE_PREFIXES)
+    values = _strip_common(values, VAE_PREFIXES)
     _refuse_models(info, values, kinds.VAE)
-    state, shapes = to_floats(values), _shapes(values)  # the host empties the state dict
+    state, shapes = to_floats(values), shapes_of(values)
     metadata = dict(info.metadata) or None
 
     def build() -> Any:
@@ -322,7 +317,7 @@ def _check_control(path: str, control: Any, keys: Collection[str], *, renamed: b
     model = getattr(control, "control_model", None)
     if model is None:  # a T2I-Adapter, which the host refuses itself, or a Control-LoRA, which is no whole model
         return
-    missing = {f"{name}.{last}" for name, module in model.named_modules() for last in getattr(module, "missing", ())}
+    missing = missing_in_layers(model)
     layers = {name for name, module in model.named_modules() if hasattr(module, "missing")}
     bare = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in layers}
     ends = {*keys} if renamed else {end for key in keys for end in _ends(key)}

@@ -27,12 +27,13 @@ import comfy.model_sampling
 import comfy.utils
 import torch
 from comfy.weight_adapter import LoRAAdapter
+from gguf.constants import GGMLQuantizationType as QType
 from safetensors import SafetensorError, safe_open
 
 from .dequant import PLAIN_DTYPES
 from .errors import GGUFError, UnsupportedArch, name_list, plain_text
 from .host.compat import dequantize_weight, is_quantized
-from .host.lora import PatchList, patch_weight
+from .host.lora import MODEL_PREFIX, PatchList, patch_weight
 from .models import archs
 from .models.repairs import rename_norms
 from .models.split_files import open_gguf
@@ -53,7 +54,6 @@ log = logging.getLogger("gguf_kit")
 
 # What can be asked for without an importance matrix.
 SAVE_TYPES = tuple(name for name in TYPE_NAMES if name not in RECIPES or not RECIPES[name].needs_imatrix)
-MODEL_PREFIX = "diffusion_model."
 TRANSFORMER = "transformer"  # in the host's text encoders the part that files hold
 COMPILED = "_orig_mod"  # what torch.compile puts between the name of a module and the names in it
 # Keys beside a weight that the host itself quantized; the weight is saved as what it stands for.
@@ -101,7 +101,8 @@ def save_model(patcher: Any, path: Path, type_name: str, recipe: str = "") -> Pl
     stored = (
         {prefix + key: tensor for key, tensor in stored.items()} | _beside_network(patcher) | sampling_marks(patcher)
     )
-    return write_gguf(Source(path, "MODEL", stored, carried_metadata(patcher), ()), path, type_name, recipe)
+    source = Source(path, "MODEL", stored, carried_metadata(patcher), ())
+    return write_gguf(source, path, type_name, parse_recipe(recipe))
 
 
 def save_clip(clip: Any, path_of: Callable[[str], Path], type_name: str, recipe: str = "") -> tuple[Plan, ...]:
@@ -116,7 +117,7 @@ def save_clip(clip: Any, path_of: Callable[[str], Path], type_name: str, recipe:
         GGUFError: with one sentence for the user; nothing is written if an encoder is of an unknown kind, or the recipe
             is for none of them.
     """
-    parse_recipe(recipe)
+    exact = parse_recipe(recipe)
     model, sources = clip.patcher.model, []
     prefixes = [f"{name}.{TRANSFORMER}." if name else f"{TRANSFORMER}." for name in encoder_names(model)]
     for prefix in prefixes:
@@ -129,22 +130,14 @@ def save_clip(clip: Any, path_of: Callable[[str], Path], type_name: str, recipe:
     outside = [key for key in keys if not key.startswith(tuple(prefixes)) and not key.endswith(UNSAVED)]
     if outside:
         log.warning("%d tensors beside the text encoders are not saved: %s", len(outside), name_list(outside))
-    _check_recipe(sources, recipe)
-    warn_of_unsaved(clip.patcher, ", ".join(source.path.name for source in sources))
-    return tuple(write_gguf(source, source.path, type_name, _recipe_of(source, recipe)) for source in sources)
-
-
-def _check_recipe(sources: list[Source], recipe: str) -> None:
-    """Refuse a recipe whose names are in none of the encoders."""
-    exact = parse_recipe(recipe)
     if exact and not any(exact.keys() & source.tensors.keys() for source in sources):
         problem = f"the text encoders have none of the {len(exact)} names in the recipe: {name_list([*exact])}"
         raise GGUFError(problem, hint="Take the recipe of one of them.")
-
-
-def _recipe_of(source: Source, recipe: str) -> str:
-    """The recipe for one of several encoders; the names in it may be those of the others."""
-    return recipe if parse_recipe(recipe).keys() & source.tensors.keys() else ""
+    warn_of_unsaved(clip.patcher, ", ".join(source.path.name for source in sources))
+    return tuple(
+        write_gguf(source, source.path, type_name, exact if exact.keys() & source.tensors.keys() else {})
+        for source in sources
+    )
 
 
 def encoder_names(model: torch.nn.Module) -> list[str]:
@@ -352,10 +345,14 @@ def _unet_config(model: Any) -> dict[str, Any]:
 # -- writing --
 
 
-def write_gguf(source: Source, path: Path, type_name: str, recipe: str = "") -> Plan:
-    """Write a source as a file of a type, with the host's progress bar; a cancelled prompt leaves nothing."""
+def write_gguf(source: Source, path: Path, type_name: str, exact: Mapping[str, QType]) -> Plan:
+    """Write a source as a file of a type, with the host's progress bar; a cancelled prompt leaves nothing.
+
+    Args:
+        exact: types of single tensors, which come before type_name's.
+    """
     try:
-        plan = make_plan(source, Choices(type_name=type_name, exact=parse_recipe(recipe)))
+        plan = make_plan(source, Choices(type_name=type_name, exact=exact))
         for note in plan.warnings:
             log.warning("%s: %s", path.name, _OPTION.sub("", note))
         engine, n_threads = choose_engine(source, plan)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.ldm.flux.layers
 import comfy.model_management
@@ -24,16 +24,19 @@ from nodes import CLIPLoader, DualCLIPLoader
 from .errors import UnsupportedArch, name_list
 from .host import text_encoders
 from .host.compat import accepted, host_version, wrap
+from .host.lora import MODEL_PREFIX
 from .host.native import prepare_state
 from .host.patcher import adopt
 from .loader import AUTO, NONE, LoadInfo, load_diffusion_model, load_text_encoder
 from .models import kinds
 from .models.clip_types import ENCODERS, resolve
 from .models.repairs import complete_keys, rename_norms
-from .models.values import QuantizedBytes, StateDict
+from .models.values import QuantizedBytes, StateDict, shapes_of
 from .ops import OpsOptions, make_ops
 
 log = logging.getLogger("gguf_kit")
+
+T = TypeVar("T")
 
 
 def to_host(state: StateDict) -> dict[str, torch.Tensor]:
@@ -58,10 +61,11 @@ def load_model(path: str, options: OpsOptions, extra: str | None = None, disable
         GGUFError: with one sentence for the user.
     """
     values, info = load_diffusion_model(path, extra)
-    patcher, missing = _build_model(path, extra, values, info, options, disable_dynamic)
-    if missing and info.cut:  # what those keys were, only the model knows
-        whole = complete_keys(values, info.cut, [key.removeprefix(MODEL_PREFIX) for key in missing])
-        patcher, missing = _build_model(path, extra, whole, info, options, disable_dynamic)
+
+    def build(whole: StateDict) -> tuple[Any, list[str]]:
+        return _build_model(path, extra, whole, info, options, disable_dynamic)
+
+    patcher, missing = build_completed(values, info, build)
     if missing:
         raise incomplete(path, missing, extra)
     if extra and info.extra_keys.isdisjoint(name for name, _ in patcher.model.diffusion_model.named_parameters()):
@@ -70,12 +74,27 @@ def load_model(path: str, options: OpsOptions, extra: str | None = None, disable
     return patcher
 
 
+def build_completed(
+    values: StateDict, info: LoadInfo, build: Callable[[StateDict], tuple[T, list[str]]], prefix: str = ""
+) -> tuple[T, list[str]]:
+    """What `build` makes of a state dict and what its model lacks, once more if that tells what cut keys were.
+
+    Args:
+        prefix: what the state dict has in front of the keys of the diffusion model.
+    """
+    built, missing = build(values)
+    if missing and info.cut:
+        whole = complete_keys(values, info.cut, [prefix + key.removeprefix(MODEL_PREFIX) for key in missing])
+        built, missing = build(whole)
+    return built, missing
+
+
 def _build_model(
     path: str, extra: str | None, values: StateDict, info: LoadInfo, options: OpsOptions, disable_dynamic: bool
 ) -> tuple[Any, list[str]]:
     """The host's patcher of a state dict, and what its model needs and the state dict does not have."""
     state = to_host(rename_norms(values, norm_name()))
-    shapes = {key: tuple(value.shape) for key, value in state.items()}  # the host empties the state dict
+    shapes = shapes_of(state)
     load = comfy.sd.load_diffusion_model_state_dict
     try:
         patcher = load(
@@ -94,7 +113,7 @@ def _build_model(
 
 def not_recognised(path: str, info: LoadInfo, values: StateDict) -> UnsupportedArch:
     """The refusal of what the host's detection has no class for: another kind of model, or a newer one."""
-    kind = kinds.what_is({key: tuple(value.shape) for key, value in values.items()})
+    kind = kinds.what_is(shapes_of(values))
     if kind is not None and kind.node != kinds.DIFFUSION_NODE:
         return UnsupportedArch(f"it is {kind.title}, not a diffusion model", path=path, hint=f'Use "{kind.node}".')
     return UnsupportedArch(
@@ -125,7 +144,6 @@ HOST_ERRORS = (
     UnboundLocalError,
 )
 
-MODEL_PREFIX = "diffusion_model."
 # Class of a host's model -> parameters that some hosts make and none uses.
 UNUSED = MappingProxyType({"NextDiT": {"norm_final.weight"}})
 
@@ -138,7 +156,7 @@ def missing_parameters(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> lis
         shapes: key -> shape of the state dict that it was loaded from.
     """
     network, prefix = model.diffusion_model, MODEL_PREFIX
-    layers = {f"{name}.{last}" for name, module in model.named_modules() for last in getattr(module, "missing", ())}
+    layers = missing_in_layers(model)
     tell = [f"{name}." for name, module in network.named_modules() if hasattr(module, "missing")]
     bare = {name for name, _ in network.named_parameters()}
     # Shapes are all that the host needs to say what it calls the keys itself.
@@ -148,6 +166,11 @@ def missing_parameters(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> lis
     own = {prefix + name for name in bare if not name.startswith(tuple(tell))}
     unused = {prefix + name for name in UNUSED.get(type(network).__name__, ())}
     return sorted((layers | own) - unused)
+
+
+def missing_in_layers(model: torch.nn.Module) -> set[str]:
+    """Parameters that layers of ours needed and the file did not have."""
+    return {f"{name}.{last}" for name, module in model.named_modules() for last in getattr(module, "missing", ())}
 
 
 def norm_name() -> str:

@@ -19,6 +19,7 @@ from comfy.weight_adapter import LoRAAdapter
 from .compat import is_quantized
 
 PatchList = list[tuple[float, Any, float, Any, Any]]
+MODEL_PREFIX = "diffusion_model."  # before the names of a network in the host's models and patches
 
 
 @dataclasses.dataclass(eq=False)

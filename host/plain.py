@@ -16,6 +16,7 @@ import torch
 from ..errors import name_list
 from .compat import dequantize_weight, filled_from_quantized, is_quantized
 from .layer import QuantizedLayer
+from .lora import MODEL_PREFIX
 
 log = logging.getLogger("gguf_kit")
 
@@ -45,7 +46,7 @@ def make_plain(model: torch.nn.Module) -> list[str]:
                 module._parameters[name] = torch.nn.Parameter(dequantize_weight(value, dtype), requires_grad=False)
             elif not filled_from_quantized(value):
                 continue
-            found.append(f"{path}.{name}".removeprefix("diffusion_model."))
+            found.append(f"{path}.{name}".removeprefix(MODEL_PREFIX))
     if found:
         log.info("ComfyUI computes with these weights itself, so they were dequantized: %s", name_list(found))
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from gguf.constants import GGMLQuantizationType
@@ -39,6 +40,11 @@ class QuantizedBytes:
 
 Value = QuantizedBytes | torch.Tensor
 StateDict = dict[str, Value]
+
+
+def shapes_of(state: Mapping[str, Value]) -> dict[str, tuple[int, ...]]:
+    """Key -> logical shape, torch order; a host empties the state dict that it is given."""
+    return {key: tuple(value.shape) for key, value in state.items()}
 
 
 def read_tensor(file: GGUFFile, key: str, tensor: TensorInfo) -> Value:

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from gguf_kit.errors import GGUFError
+from gguf_kit.errors import GGUFError, name_list
 from gguf_kit.models.split_files import present_parts
+from gguf_kit.quantize.writer import leftovers
 from gguf_kit.tools._output import one_line
 from tqdm import tqdm
 
@@ -38,6 +39,13 @@ def check_destination(path: Path, *sources: Path) -> None:
         parts = present_parts(str(source)) if source.exists() else []
         if any(os.path.samefile(path, part) for part in parts):
             raise GGUFError("source and destination are the same file", path=path, hint="Name another with --dst.")
+
+
+def tell_leftovers(prog: str, path: Path) -> None:
+    """Name the unfinished files that killed runs left beside the file to write."""
+    unfinished = leftovers(path)
+    if unfinished:
+        say(f"{prog}: unfinished files of earlier runs may be deleted: {name_list([p.name for p in unfinished])}")
 
 
 def say(line: str) -> None:

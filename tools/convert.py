@@ -42,8 +42,8 @@ from gguf_kit.quantize.plan import Choices, Plan, PlannedTensor, make_plan
 from gguf_kit.quantize.recipe_files import parse_qtype, read_recipe_file, recipe_text
 from gguf_kit.quantize.recipes import PLAIN_TYPES, TYPE_NAMES
 from gguf_kit.quantize.sources import Source, open_source
-from gguf_kit.quantize.writer import file_exists, file_size, leftovers, merged_metadata
-from gguf_kit.tools._command import check_destination, run_command, say
+from gguf_kit.quantize.writer import file_exists, file_size, merged_metadata
+from gguf_kit.tools._command import check_destination, run_command, say, tell_leftovers
 from gguf_kit.tools._output import write_out
 from gguf_kit.tools.llama_cpp import build
 
@@ -197,9 +197,7 @@ def write_file(args: argparse.Namespace, conversion: Conversion, path: Path) -> 
     plan = conversion.plan
     if path.exists() and not args.overwrite:  # before an engine is built
         raise file_exists(path)
-    unfinished = leftovers(path)
-    if unfinished:
-        say(f"{args.prog}: unfinished files of earlier runs may be deleted: {name_list([p.name for p in unfinished])}")
+    tell_leftovers(args.prog, path)
     engine = choose_engine(args, plan)
     torch.set_num_threads(1)  # the threads are ours
     with tqdm(total=plan.data_bytes, unit="B", unit_scale=True, desc=plan.label, disable=None, smoothing=0.1) as bar:

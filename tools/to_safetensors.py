@@ -23,15 +23,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _pack  # noqa: F401
-from gguf_kit.errors import name_list
 from gguf_kit.gguf_file import GGUFFile
 from gguf_kit.loader import AUTO, NONE, load_text_encoder
 from gguf_kit.models import archs, repairs, text_encoders
 from gguf_kit.models.split_files import open_gguf
 from gguf_kit.models.values import StateDict
 from gguf_kit.quantize.to_safetensors import FLOAT_TYPES, make_layout, write_safetensors
-from gguf_kit.quantize.writer import file_exists, leftovers
-from gguf_kit.tools._command import check_destination, run_command, say
+from gguf_kit.quantize.writer import file_exists
+from gguf_kit.tools._command import check_destination, run_command, tell_leftovers
 from gguf_kit.tools._output import write_out
 
 PROG = "to_safetensors"
@@ -91,9 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if path.exists() and not args.overwrite:
         raise file_exists(path)
     state, metadata = read_state(args.src, args.vision)
-    unfinished = leftovers(path)
-    if unfinished:
-        say(f"{PROG}: unfinished files of earlier runs may be deleted: {name_list([p.name for p in unfinished])}")
+    tell_leftovers(PROG, path)
     dtype = FLOAT_TYPES[args.dtype]
     layout = make_layout(state, dtype, metadata)
     started = time.monotonic()
