@@ -34,7 +34,16 @@ nox.options.error_on_external_run = False
 ENVIRONMENT = ROOT / ".nox" / "host-env"
 INSTALLED = ENVIRONMENT / "installed-requirements.txt"
 TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
-TOOLS = ["pytest>=8", "hypothesis>=6", "tqdm", "Pillow", "ruff==0.17.6", "mypy==2.4.1", "codespell==2.4.3"]
+TOOLS = [
+    "pytest>=8",
+    "hypothesis>=6",
+    "llvmlite==0.50.0",
+    "tqdm",
+    "Pillow",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "codespell==2.4.3",
+]
 # Installed alone: torchaudio asks for another torch but imports beside this one; ggml judges the pack's encoders, and
 # zig is one of the compilers that builds are tested with.
 WITHOUT_DEPENDENCIES = ["torchaudio==2.11.0", "libggml-python==0.20.2.post1", "ziglang==0.17.1"]

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dequantization on a CPU with machine code made for that CPU, for everybody who has llvmlite.
+
+Owns the compiled kernels, one per qtype and output type, and the threads that run them. llvm_ir.py writes them; what
+they compute is layouts.py's formula, exactly. llvmlite is an optional extra: a compiler as a library, without a need
+for any other on the machine. A kernel is compiled in some hundredths of a second when it is first used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layouts import CodeBook, Layout
+from .iq_grids import device_table
+from .llvm_ir import books, in_bytes, kernel_name, kernel_text
+
+OUTPUTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+OLDEST_LLVMLITE = (0, 45)
+# Fewer weights than this are not worth a second thread: about 10 microseconds of work.
+THREAD_WEIGHTS = 1 << 15
+HUGE_PAGE = 1 << 21  # bytes
+MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
+
+_lock = threading.Lock()
+_kernels: dict[tuple[str, str], _Kernel] = {}
+_byte_tables: dict[CodeBook, Tensor] = {}
+
+
+class _Kernel(NamedTuple):
+    """A compiled kernel.
+
+    Attributes:
+        run: (address of the blocks, address of the result, number of blocks, addresses of the tables...).
+        tables: the code books that it reads.
+    """
+
+    run: Callable[..., None]
+    tables: tuple[Tensor, ...]
+
+
+def unavailable(layout: Layout, device: torch.device) -> str:
+    """Why this backend cannot take such a tensor, or ""."""
+    if device.type != "cpu":
+        return "it computes on a CPU"
+    if layout.quants is None:
+        return "torch reads such numbers itself"
+    return _machine_lacks()
+
+
+@functools.cache
+def _machine_lacks() -> str:
+    """What this machine lacks for all kernels, or ""."""
+    try:
+        version = importlib.metadata.version("llvmlite")
+    except importlib.metadata.PackageNotFoundError:
+        return "llvmlite is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_LLVMLITE:
+        return f"llvmlite is {version}, and {'.'.join(map(str, OLDEST_LLVMLITE))} is needed"
+    if sys.byteorder != "little":
+        return "it reads little-endian numbers"
+    try:
+        return _target().lacks
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # an llvmlite too old, or without its library
+        return f"llvmlite cannot be used: {error}"
+
+
+class _Target(NamedTuple):
+    """This CPU for LLVM.
+
+    Attributes:
+        binding: llvmlite's module.
+        machine: LLVM's TargetMachine, which the engine owns.
+        engine: owns all machine code, until the process ends.
+        architecture: LLVM's name of it, such as x86_64.
+        lacks: an instruction set that the kernels need and the CPU has not, or "".
+    """
+
+    binding: Any
+    machine: Any
+    engine: Any
+    architecture: str
+    lacks: str
+
+
+@functools.cache
+def _target() -> _Target:
+    import llvmlite.binding as binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    features = binding.get_host_cpu_features()
+    architecture = binding.get_default_triple().split("-")[0]
+    architecture = {"arm64": "aarch64", "amd64": "x86_64"}.get(architecture, architecture)
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    target = binding.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    lacks = "the CPU has no instructions for float16 (F16C)" if is_x86 and not features.get("f16c") else ""
+    return _Target(binding, machine, engine, architecture, lacks)
+
+
+def dequantize(blocks: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Dequantize on all threads that torch uses.
+
+    Args:
+        blocks: uint8 (n_blocks, layout.type_size), on a CPU.
+        layout: the row of layouts.LAYOUTS.
+        dtype: of the result; rounded once, from float32.
+    Returns:
+        dtype (n_blocks, layout.block_size), its own memory.
+    """
+    computed = dtype if dtype in OUTPUTS else torch.float32
+    out = torch.empty(blocks.shape[0], layout.block_size, dtype=computed)
+    _advise_huge_pages(out)
+    dequantize_into(blocks, layout, out)
+    return out.to(dtype)
+
+
+def _advise_huge_pages(fresh: Tensor) -> None:
+    """Ask Linux to back new memory with pages of 2 MB: the first touch of 4 KB pages costs more than the kernel."""
+    page = os.sysconf("SC_PAGESIZE") if sys.platform == "linux" else 0
+    start, stop = fresh.data_ptr(), fresh.data_ptr() + fresh.nbytes
+    if page and fresh.nbytes >= 2 * HUGE_PAGE:
+        _madvise()(-(-start // page) * page, stop // page * page - -(-start // page) * page, MADV_HUGEPAGE)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+def dequantize_into(blocks: Tensor, layout: Layout, out: Tensor) -> None:
+    """The same into memory that is there.
+
+    Args:
+        out: (n_blocks, layout.block_size), contiguous, a dtype of OUTPUTS.
+    """
+    kernel = _kernel(layout, OUTPUTS[out.dtype])
+    blocks = blocks.contiguous()
+    n_blocks = blocks.shape[0]
+    n_threads = max(1, min(torch.get_num_threads(), n_blocks * layout.block_size // THREAD_WEIGHTS))
+    per_thread = max(1, -(-n_blocks // n_threads))
+    tables = [table.data_ptr() for table in kernel.tables]
+
+    def run(start: int) -> None:
+        source = blocks.data_ptr() + start * layout.type_size
+        target = out.data_ptr() + start * layout.block_size * out.element_size()
+        kernel.run(source, target, min(per_thread, n_blocks - start), *tables)
+
+    others = [_pool(os.getpid()).submit(run, start) for start in range(per_thread, n_blocks, per_thread)]
+    if n_blocks:
+        run(0)
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads of a process; those of a forked one's parent do not run in it."""
+    return ThreadPoolExecutor(thread_name_prefix="gguf-kit-dequantize")
+
+
+def _kernel(layout: Layout, output: str) -> _Kernel:
+    kernel = _kernels.get((layout.qtype.name, output))
+    if kernel is None:
+        with _lock:
+            kernel = _kernels.get((layout.qtype.name, output)) or _compile(layout, output)
+            _kernels[layout.qtype.name, output] = kernel
+    return kernel
+
+
+def _compile(layout: Layout, output: str) -> _Kernel:
+    target = _target()
+    text = kernel_text(layout, output, target.architecture)
+    module = target.binding.parse_assembly(text)
+    module.triple = target.machine.triple
+    module.verify()
+    target.engine.add_module(module)
+    target.engine.finalize_object()
+    tables = tuple(_table(book) for book in books(layout))
+    arguments = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *(ctypes.c_void_p for _ in tables)]
+    run = ctypes.CFUNCTYPE(None, *arguments)(target.engine.get_function_address(kernel_name(layout, output)))
+    return _Kernel(run, tables)
+
+
+def _table(book: CodeBook) -> Tensor:
+    """A book's numbers as the kernels read them."""
+    numbers = device_table(book, torch.device("cpu"))
+    if not in_bytes(book):
+        return numbers
+    if book not in _byte_tables:
+        _byte_tables[book] = numbers.to(torch.int8)
+    return _byte_tables[book]
