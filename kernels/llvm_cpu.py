@@ -30,8 +30,6 @@ OUTPUTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 OLDEST_LLVMLITE = (0, 45)
 # Fewer weights than this are not worth a second thread: about 10 microseconds of work.
 THREAD_WEIGHTS = 1 << 15
-HUGE_PAGE = 1 << 21  # bytes
-MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
 
 _lock = threading.Lock()
 _kernels: dict[tuple[str, str], _Kernel] = {}
@@ -111,44 +109,19 @@ def _target() -> _Target:
     return _Target(binding, machine, engine, architecture, lacks)
 
 
-def dequantize(blocks: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Dequantize on all threads that torch uses.
+def dequantize_into(blocks: Tensor, layout: Layout, out: Tensor) -> None:
+    """Dequantize on as many threads as torch uses.
 
     Args:
         blocks: uint8 (n_blocks, layout.type_size), on a CPU.
-        layout: the row of layouts.LAYOUTS.
-        dtype: of the result; rounded once, from float32.
-    Returns:
-        dtype (n_blocks, layout.block_size), its own memory.
+        layout: a row for which unavailable() has nothing to say.
+        out: (n_blocks, layout.block_size), contiguous; each weight is rounded once to its dtype.
     """
-    computed = dtype if dtype in OUTPUTS else torch.float32
-    out = torch.empty(blocks.shape[0], layout.block_size, dtype=computed)
-    _advise_huge_pages(out)
-    dequantize_into(blocks, layout, out)
-    return out.to(dtype)
-
-
-def _advise_huge_pages(fresh: Tensor) -> None:
-    """Ask Linux to back new memory with pages of 2 MB: the first touch of 4 KB pages costs more than the kernel."""
-    page = os.sysconf("SC_PAGESIZE") if sys.platform == "linux" else 0
-    start, stop = fresh.data_ptr(), fresh.data_ptr() + fresh.nbytes
-    if page and fresh.nbytes >= 2 * HUGE_PAGE:
-        _madvise()(-(-start // page) * page, stop // page * page - -(-start // page) * page, MADV_HUGEPAGE)
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int]:
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
-
-
-def dequantize_into(blocks: Tensor, layout: Layout, out: Tensor) -> None:
-    """The same into memory that is there.
-
-    Args:
-        out: (n_blocks, layout.block_size), contiguous, a dtype of OUTPUTS.
-    """
+    if out.dtype not in OUTPUTS:
+        exact = torch.empty(out.shape)
+        dequantize_into(blocks, layout, exact)
+        out.copy_(exact)
+        return
     kernel = _kernel(layout, OUTPUTS[out.dtype])
     blocks = blocks.contiguous()
     n_blocks = blocks.shape[0]

@@ -42,23 +42,24 @@ def unavailable(layout: Layout, device: torch.device) -> str:
 
 
 def dequantize(blocks: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Dequantize into new memory: dtype (n_blocks, layout.block_size); otherwise as dequantize_into()."""
+    out = torch.empty(blocks.shape[0], layout.block_size, dtype=dtype, device=blocks.device)
+    dequantize_into(blocks, layout, out)
+    return out
+
+
+def dequantize_into(blocks: Tensor, layout: Layout, out: Tensor) -> None:
     """Dequantize chunk by chunk, which bounds the temporaries.
 
     Args:
         blocks: uint8 (n_blocks, layout.type_size).
         layout: the row of layouts.LAYOUTS.
-        dtype: of the result; rounded once, from float32.
-    Returns:
-        dtype (n_blocks, layout.block_size), its own memory.
+        out: (n_blocks, layout.block_size), contiguous; each weight is rounded once to its dtype, from float32.
     """
     n_weights = CHUNK_WEIGHTS_CPU if blocks.device.type == "cpu" else CHUNK_WEIGHTS
     n_chunk = n_weights // layout.block_size
-    if blocks.shape[0] <= n_chunk:
-        return dequantize_blocks(blocks, layout).to(dtype)
-    out = torch.empty(blocks.shape[0], layout.block_size, dtype=dtype, device=blocks.device)
     for out_chunk, chunk in zip(torch.split(out, n_chunk), torch.split(blocks, n_chunk), strict=True):
         out_chunk.copy_(dequantize_blocks(chunk, layout))
-    return out
 
 
 def dequantize_blocks(blocks: Tensor, layout: Layout) -> Tensor:

@@ -61,6 +61,13 @@ def adversarial_blocks(layout: Layout) -> dict[str, np.ndarray]:
     return corners
 
 
+def dequantize_with(kernels: object, blocks: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """What a module of kernels writes: dtype (n_blocks, block_size), memory that was not zero before."""
+    out = torch.full((blocks.shape[0], layout.block_size), 7.7, dtype=dtype, device=blocks.device)
+    kernels.dequantize_into(blocks, layout, out)
+    return out
+
+
 def f16_sources(layout: Layout) -> list[str | Code]:
     """Where the row keeps f16 numbers: names of fields, and the code that IQ1_M has instead."""
     return [

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as QType
-from gguf_kit import dequant, layouts
-from gguf_kit.dequant import BACKENDS, SUPPORTED_QTYPES, Backend, choose_backend, dequantize, dequantize_rows
+from gguf_kit import layouts
+from gguf_kit.dequant import BACKENDS, SUPPORTED_QTYPES, dequantize, dequantize_rows
 from gguf_kit.errors import GGUFError, UnsupportedQtype
 from gguf_kit.kernels import iq_grids, torch_reference
 from gguf_kit.layouts import LAYOUTS
@@ -21,9 +21,9 @@ COMPILED_QTYPES = [qtype for qtype in QTYPES if qtype.name in {"Q4_K", "IQ2_XS",
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def dequantize_blocks(blocks, qtype, dtype=torch.float32):
+def dequantize_blocks(blocks, qtype, dtype=torch.float32, backend=None):
     shape = (len(blocks), LAYOUTS[qtype].block_size)
-    return dequantize(torch.from_numpy(blocks), qtype, shape, dtype)
+    return dequantize(torch.from_numpy(blocks), qtype, shape, dtype, backend=backend)
 
 
 @by_qtype
@@ -114,7 +114,7 @@ def test_the_result_has_its_own_memory(qtype, dtype):
 def test_a_tensor_of_several_chunks_equals_gguf_py(qtype, monkeypatch):
     monkeypatch.setattr(torch_reference, "CHUNK_WEIGHTS_CPU", 3 * LAYOUTS[qtype].block_size)
     blocks = random_blocks(LAYOUTS[qtype], 10)
-    assert_same_weights(dequantize_blocks(blocks, qtype, torch.float16), blocks, qtype)
+    assert_same_weights(dequantize_blocks(blocks, qtype, torch.float16, "torch"), blocks, qtype)
 
 
 class NoConstants(TorchDispatchMode):
@@ -136,14 +136,16 @@ class NoConstants(TorchDispatchMode):
 
 
 @by_qtype
-@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta stands for a device that is not the CPU
-def test_no_float64_and_no_constants_are_made_once_the_tables_are_there(qtype, device, monkeypatch):
+@pytest.mark.parametrize(  # meta stands for a device that is not the CPU
+    ("device", "backend"), [("cpu", "torch-cpu"), ("cpu", "torch"), ("meta", "torch")]
+)
+def test_no_float64_and_no_constants_are_made_once_the_tables_are_there(qtype, device, backend, monkeypatch):
     monkeypatch.setattr(torch_reference, "CHUNK_WEIGHTS_CPU", LAYOUTS[qtype].block_size)
     data = torch.from_numpy(random_blocks(LAYOUTS[qtype], 2)).to(device)
     shape = (2, LAYOUTS[qtype].block_size)
-    dequantize(data, qtype, shape, torch.float16)
+    dequantize(data, qtype, shape, torch.float16, backend=backend)
     with NoConstants(device):
-        dequantize(data, qtype, shape, torch.float16)
+        dequantize(data, qtype, shape, torch.float16, backend=backend)
 
 
 def test_a_constant_made_in_the_forward_would_be_noticed():
@@ -178,7 +180,7 @@ def test_tables_made_in_inference_mode_serve_outside_of_it(qtype):
 @pytest.mark.usefixtures("no_tables")
 def test_tables_are_shared_between_calls_and_qtypes():
     for qtype in (QType.IQ2_XS, QType.IQ2_XXS, QType.IQ2_XS):
-        dequantize_blocks(random_blocks(LAYOUTS[qtype], 1), qtype)
+        dequantize_blocks(random_blocks(LAYOUTS[qtype], 1), qtype, backend="torch")
     assert len(iq_grids._tables) == 3  # two grids and one table of signs
 
 
@@ -254,45 +256,6 @@ def test_rows_that_are_not_whole_blocks_are_refused():
 def test_data_that_is_not_bytes_is_refused():
     with pytest.raises(GGUFError, match=r"F16 data has dtype torch\.float16, expected torch\.uint8"):
         dequantize(torch.zeros(4, dtype=torch.float16), QType.F16, (4,))
-
-
-def make_backend(reason=""):
-    """A backend that answers 42, or says why it cannot."""
-    return Backend(
-        lambda blocks, layout, dtype: torch.full((len(blocks), layout.block_size), 42, dtype=dtype),
-        lambda layout, device: reason,
-    )
-
-
-@pytest.fixture
-def three_backends(monkeypatch):
-    backends = {"absent": make_backend("no compiler found"), "other": make_backend(), **BACKENDS}
-    monkeypatch.setattr(dequant, "BACKENDS", backends)
-    monkeypatch.delenv("GGUF_KIT_BACKEND", raising=False)
-
-
-@pytest.mark.usefixtures("three_backends")
-def test_backend_choice_is_argument_then_environment_then_the_fastest_that_is_there(monkeypatch):
-    layout, cpu = LAYOUTS[QType.Q8_0], torch.device("cpu")
-    assert choose_backend(layout, cpu) == "other"
-    monkeypatch.setenv("GGUF_KIT_BACKEND", "torch")
-    assert choose_backend(layout, cpu) == "torch"
-    assert choose_backend(layout, cpu, "other") == "other"
-    data = torch.zeros(34, dtype=torch.uint8)
-    assert dequantize(data, QType.Q8_0, (32,), backend="other").unique().tolist() == [42]
-    assert dequantize(data, QType.Q8_0, (32,)).unique().tolist() == [0]
-
-
-@pytest.mark.usefixtures("three_backends")
-def test_a_backend_that_is_named_but_unknown_or_absent_is_an_error(monkeypatch):
-    data = torch.zeros(34, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"backend is 'cuda', which is no backend. Use one of: absent, other, torch"):
-        dequantize(data, QType.Q8_0, (32,), backend="cuda")
-    with pytest.raises(ValueError, match="backend is 'absent', which cannot take Q8_0 on cpu: no compiler found"):
-        dequantize(data, QType.Q8_0, (32,), backend="absent")
-    monkeypatch.setenv("GGUF_KIT_BACKEND", "tritn")
-    with pytest.raises(ValueError, match="GGUF_KIT_BACKEND is 'tritn'"):
-        dequantize(data, QType.Q8_0, (32,))
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as QType
 from gguf_kit.kernels import llvm_cpu, llvm_ir, torch_reference
 from gguf_kit.layouts import LAYOUTS
-from quant_data import BLOCK_QTYPES, adversarial_blocks, assert_same_weights, random_blocks
+from quant_data import BLOCK_QTYPES, adversarial_blocks, assert_same_weights, dequantize_with, random_blocks
 
 by_qtype = pytest.mark.parametrize("qtype", BLOCK_QTYPES, ids=lambda qtype: qtype.name)
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def dequantize_blocks(blocks, qtype, dtype=torch.float32):
-    return llvm_cpu.dequantize(torch.as_tensor(blocks), LAYOUTS[qtype], dtype)
+    return dequantize_with(llvm_cpu, torch.as_tensor(blocks), LAYOUTS[qtype], dtype)
 
 
 @by_qtype
