@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 import struct
-import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -29,6 +26,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.constants import GGUFValueType as ValueType
 
 from .errors import BadFile, UnsupportedQtype
+from .mapped_file import map_file
 
 SUPPORTED_VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -309,12 +307,11 @@ class GGUFFile:
     def data(self, name: str) -> torch.Tensor:
         """Return the tensor's bytes, 1-D uint8 (n_bytes,): a storage of its own over the map, nothing is copied.
 
-        Writing to it never reaches the file; on Windows, where the map is read-only, it ends the process.
+        mapped_file.file_range() tells where they lie, of a view of them too. Writing to them never reaches the file; on
+        Windows, where the map is read-only, it ends the process.
         """
         info = self.tensors[name]
-        if not info.n_bytes:  # frombuffer refuses empty views
-            return torch.empty(0, dtype=torch.uint8)
-        return torch.frombuffer(self._buffer, dtype=torch.uint8, count=info.n_bytes, offset=info.offset)
+        return self._buffer.tensor(info.offset, info.n_bytes)
 
     def logical_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that a tensor had before it was made to fit GGUF, torch order.
@@ -342,34 +339,6 @@ class GGUFFile:
         """Return the strings that were carried along from the safetensors file, such as `config`."""
         texts = (key for key in self.metadata if self.metadata.type_of(key) is ValueType.STRING)
         return {key: str(self.metadata[key]) for key in texts if not key.startswith(OWN_KEYS)}
-
-
-def map_file(path: str) -> mmap.mmap:
-    """Map a whole regular file so that no write can reach it."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
-            raise BadFile(f"this is {kind}, not a file", path=path, hint="Choose a .gguf file.")
-        if status.st_size == 0:
-            raise BadFile("the file is empty", path=path, hint="Download it again.")
-        with open(path, "rb") as file:
-            return _map_descriptor(file.fileno())
-    except FileNotFoundError:
-        raise BadFile("there is no such file", path=path, hint=f"Check the path {path}.") from None
-    except OSError as error:
-        problem = f"the file cannot be opened: {error.strerror}"
-        raise BadFile(problem, path=path, hint="Check its permissions and its disk.") from error
-
-
-def _map_descriptor(fd: int) -> mmap.mmap:
-    # A private view is charged as if all of it were written. Windows counts that against the page file ("error 1455"),
-    # so it gets a read-only view; Linux refuses files larger than memory unless told not to reserve.
-    if sys.platform == "win32":
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # said by torch.frombuffer
-        return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-    no_reserve = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, which Python 3.12 lacks
-    return mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def _read_version(reader: _Reader) -> int:

@@ -10,6 +10,7 @@ from gguf_builder import F32, I32, STRING, U16, build_gguf
 from gguf_kit.errors import BadFile
 from gguf_kit.gguf_file import GGUFFile
 from gguf_kit.loader import load_diffusion_model, load_text_encoder
+from gguf_kit.mapped_file import file_range
 from gguf_kit.models.split_files import SplitFile, first_part, open_gguf, paths_of, without_later_parts
 from gguf_kit.models.values import QuantizedBytes
 from gguf_kit.quantize.sources import open_source
@@ -52,6 +53,14 @@ def folder(tmp_path):
 
 def plain(state):
     return {key: v.dequantize() if isinstance(v, QuantizedBytes) else v for key, v in state.items()}
+
+
+def test_a_tensor_lies_in_the_part_that_has_it(folder):
+    split = open_gguf(folder / PARTS[2])
+    for part in split.parts:
+        for name, info in part.tensors.items():
+            found = file_range(split.data(name))
+            assert (found.file.path, found.offset, found.n_bytes) == (part.path, info.offset, info.n_bytes)
 
 
 @pytest.mark.parametrize("part", PARTS)
