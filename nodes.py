@@ -23,8 +23,19 @@ register_folders()
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPE_CHOICES = ["default", "target", *_DTYPES]
+_MAX_KEEP_MB = 1 << 20
 
 EXTRA_TOOLTIP = "A second file with modules that are laid over the model, such as Wan's VACE. none: the model as it is."
+
+COMPUTE_TOOLTIP = (
+    "Type in which the model computes. default: what ComfyUI chooses for the device, on a CPU float32. "
+    "bfloat16 is less exact and pays on CPUs that multiply it natively (AVX512-BF16, AMX): the log says by how much."
+)
+KEEP_TOOLTIP = (
+    "Megabytes of weights that may stay dequantized in VRAM (on a CPU: RAM), those first that cost the most time. "
+    "Faster, with equal results. ComfyUI makes room for them as for the model; they take only what the whole model "
+    "leaves free. 0: every weight is dequantized when it is used."
+)
 
 
 class UnetLoaderGGUF:
@@ -58,6 +69,8 @@ class UnetLoaderGGUF:
         patch_dtype: str | None = None,
         patch_on_device: bool | None = None,
         extra_name: str | None = None,
+        compute_dtype: str | None = None,
+        keep_dequantized_mb: int | None = None,
     ) -> tuple[Any]:
         options = OpsOptions(
             dequant_dtype=_DTYPES.get(dequant_dtype or "default"),
@@ -65,7 +78,9 @@ class UnetLoaderGGUF:
             patch_on_device=bool(patch_on_device),
         )
         extra = existing_file("unet_gguf", extra_name) if extra_name and extra_name != NONE else None
-        return (load_model(existing_file("unet_gguf", unet_name), options, extra),)
+        dtype = _DTYPES.get(compute_dtype or "default")
+        keep_bytes = (keep_dequantized_mb or 0) << 20
+        return (load_model(existing_file("unet_gguf", unet_name), options, extra, dtype, keep_bytes),)
 
 
 class UnetLoaderGGUFAdvanced(UnetLoaderGGUF):
@@ -99,6 +114,16 @@ class UnetLoaderGGUFAdvanced(UnetLoaderGGUF):
                     "tooltip": "Keep plain LoRAs in GPU memory between steps instead of copying them at each step. "
                     "Faster; costs their size, which ComfyUI does not count.",
                 },
+            ),
+        }
+        inputs["optional"] |= {
+            "compute_dtype": (
+                ["default", *_DTYPES],
+                {"default": "default", "advanced": True, "tooltip": COMPUTE_TOOLTIP},
+            ),
+            "keep_dequantized_mb": (
+                "INT",
+                {"default": 0, "min": 0, "max": _MAX_KEEP_MB, "step": 64, "advanced": True, "tooltip": KEEP_TOOLTIP},
             ),
         }
         return inputs

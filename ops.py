@@ -19,7 +19,7 @@ from .dequant import dequantize_rows
 from .host.compat import cast_weight, dequantize_weight, indexed_bytes, is_quantized, multiply, release_weight, wrap
 from .host.layer import OpsOptions, QuantizedLayer
 from .host.lazy_weight import LazyWeight
-from .host.lora import add_to_output, add_to_weight, low_rank_patches, prefers_side_path
+from .host.low_rank import LowRank, add_to_output, add_to_weight, prefers_side_path
 
 # Vocabularies are padded by tens to hundreds of rows: Gemma 3 by 64, Llama 3 for pictures by 64, Qwen by 267.
 MAX_SPARE_ROWS = 1024
@@ -30,6 +30,7 @@ class GGUFLinear(QuantizedLayer, comfy.ops.manual_cast.Linear):
     """Linear over a quantized weight (out, in): x (..., in) to (..., out) in x's dtype."""
 
     kind = "Linear"
+    can_keep = True
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
         if not is_quantized(self.weight):
@@ -41,32 +42,43 @@ class GGUFLinear(QuantizedLayer, comfy.ops.manual_cast.Linear):
             release_weight(self, weight, bias, token)
 
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        patches = self.active_patches()
-        factors = self._factors(patches, weight.shape, x) if patches else []
+        factors = self._factors(x.device, x.dtype, tuple(weight.shape))
         if factors is None or self.wrapper_functions():
             return torch.nn.functional.linear(x, self.patched_weight(weight, x.dtype), bias)
-        if not factors and is_quantized(weight):
-            return multiply(x, weight, bias, self.options.dequant_dtype or x.dtype)
-        dense = self.float_weight(weight, x.dtype)
-        if factors and not prefers_side_path(x.numel() // x.shape[-1], weight.shape):
-            return torch.nn.functional.linear(x, add_to_weight(dense, factors), bias)
-        return add_to_output(torch.nn.functional.linear(x, dense, bias), x, factors)
+        by_rows = is_quantized(weight) and not self.has_kept(weight.device, x.dtype)
+        if not prefers_side_path(x.numel() // x.shape[-1], factors):
+            # patch_dtype may ask for more precision than x has; for less, the weight itself is never rounded.
+            dtype = torch.promote_types(x.dtype, factors[0].down.dtype)
+            if not by_rows:
+                dense = add_to_weight(self.float_weight(weight, dtype), factors)
+                return torch.nn.functional.linear(x, dense.to(x.dtype), bias)
 
-    def _factors(self, patches: list[Any], shape: torch.Size, x: torch.Tensor) -> Any:
-        """Low-rank factors of the patches, kept on the device between calls if the user asked for it."""
-        dtype = self._patch_dtype(x.dtype, default=x.dtype)
-        holder = self.base_patch() or self._hook_patch
-        keep = self.options.patch_on_device and self._hook_patch is None
-        if keep and getattr(holder, "_gguf_factors", (None,))[0] == (x.device, dtype):
-            return holder._gguf_factors[1]
-        factors = low_rank_patches(patches, tuple(shape), x.device, dtype)
-        if keep and factors is not None:
-            holder._gguf_factors = ((x.device, dtype), factors)
-        return factors
+            def patch(part: torch.Tensor, first_row: int) -> torch.Tensor:
+                return add_to_weight(part.to(dtype), factors, first_row)
+
+            return multiply(x, weight, bias, self.options.dequant_dtype or dtype, patch)
+        if by_rows:
+            y = multiply(x, weight, bias, self.options.dequant_dtype or x.dtype)
+        else:
+            y = torch.nn.functional.linear(x, self.shared_weight(weight, x.dtype), bias)
+        return add_to_output(y, x, factors)
+
+    def _factors(
+        self, device: torch.device, compute_dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> tuple[LowRank, ...] | None:
+        """Low-rank factors of the patches in force, on a device, or None if they are not all plain LoRAs."""
+        dtype = self._patch_dtype(compute_dtype, default=compute_dtype)
+        return self.low_rank_factors(shape, device, dtype, self.options.patch_on_device)
+
+    def prepare_patches(self, device: torch.device, dtype: torch.dtype) -> None:
+        named_as_in_tensors = torch.empty(0, device=device).device  # with the index that "cuda" stands for
+        self._factors(named_as_in_tensors, dtype, tuple(self.weight.shape))
 
 
 class _GGUFConv(QuantizedLayer):
     """Convolution over a quantized weight (out, in / groups, kernel...); always from the dense weight."""
+
+    can_keep = True
 
     def forward_comfy_cast_weights(self, input: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if not is_quantized(self.weight):

@@ -23,10 +23,11 @@ from nodes import CLIPLoader, DualCLIPLoader
 
 from .errors import UnsupportedArch, name_list
 from .host import text_encoders
+from .host.advice import log_advice
 from .host.compat import accepted, host_version, wrap
 from .host.lora import MODEL_PREFIX
 from .host.native import prepare_state
-from .host.patcher import adopt
+from .host.patcher import adopt, compute_dtype
 from .loader import AUTO, NONE, LoadInfo, load_diffusion_model, load_text_encoder
 from .models import kinds
 from .models.clip_types import ENCODERS, resolve
@@ -50,11 +51,20 @@ def to_host(state: StateDict) -> dict[str, torch.Tensor]:
 # -- MODEL --
 
 
-def load_model(path: str, options: OpsOptions, extra: str | None = None, disable_dynamic: bool = False) -> Any:
+def load_model(
+    path: str,
+    options: OpsOptions,
+    extra: str | None = None,
+    dtype: torch.dtype | None = None,
+    keep_bytes: int = 0,
+    disable_dynamic: bool = False,
+) -> Any:
     """A GGUF diffusion model as the host's patcher.
 
     Args:
         extra: GGUF file with modules that are laid over it, such as Wan's VACE.
+        dtype: what it computes in; None: what the host chooses.
+        keep_bytes: of weights that may stay dequantized where there is room when the whole model is loaded.
         disable_dynamic: ask for a patcher without dynamic VRAM, on hosts that have it.
 
     Raises:
@@ -63,15 +73,23 @@ def load_model(path: str, options: OpsOptions, extra: str | None = None, disable
     values, info = load_diffusion_model(path, extra)
 
     def build(whole: StateDict) -> tuple[Any, list[str]]:
-        return _build_model(path, extra, whole, info, options, disable_dynamic)
+        return _build_model(path, extra, whole, info, _model_options(options, dtype), disable_dynamic)
 
     patcher, missing = build_completed(values, info, build)
     if missing:
         raise incomplete(path, missing, extra)
     if extra and info.extra_keys.isdisjoint(name for name, _ in patcher.model.diffusion_model.named_parameters()):
         raise _laid_over_nothing(path, extra, info)
-    adopt(patcher, (load_model, (path, options, extra)))
+    if dtype is not None and comfy.model_management.is_device_cpu(patcher.load_device):
+        patcher.model.manual_cast_dtype = None  # the host would compute in float32 whatever the CPU can do
+    adopt(patcher, (load_model, (path, options, extra, dtype, keep_bytes)), keep_bytes)
+    log_advice(patcher.load_device, compute_dtype(patcher.model))
     return patcher
+
+
+def _model_options(options: OpsOptions, dtype: torch.dtype | None) -> dict[str, Any]:
+    chosen = {} if dtype is None else {"dtype": dtype}
+    return {"custom_operations": make_ops(options), **chosen}
 
 
 def build_completed(
@@ -90,7 +108,7 @@ def build_completed(
 
 
 def _build_model(
-    path: str, extra: str | None, values: StateDict, info: LoadInfo, options: OpsOptions, disable_dynamic: bool
+    path: str, extra: str | None, values: StateDict, info: LoadInfo, options: dict[str, Any], disable_dynamic: bool
 ) -> tuple[Any, list[str]]:
     """The host's patcher of a state dict, and what its model needs and the state dict does not have."""
     state = to_host(rename_norms(values, norm_name()))
@@ -99,7 +117,7 @@ def _build_model(
     try:
         patcher = load(
             state,
-            model_options={"custom_operations": make_ops(options)},
+            model_options=options,
             **accepted(load, disable_dynamic=disable_dynamic, metadata=dict(info.metadata)),
         )
     except comfy.model_management.OOM_EXCEPTION:
@@ -245,6 +263,7 @@ def load_clip(
     text_encoders.restore_floats(clip.cond_stage_model, ours, exact)
     _check_complete(clip.cond_stage_model, paths, states, infos)
     adopt(clip.patcher, (_reload_clip, (tuple(paths), type_name, device, vision)))
+    log_advice(clip.patcher.load_device)
     return clip
 
 

@@ -5,7 +5,7 @@ Two representations of a weight, one surface. Where the host's comfy.quant_ops u
 comfy_kitchen QuantizedTensor with GGUFLayout, so that the host can page, pin and copy its bytes; on older hosts it is
 GGUFTensor below. Both show the logical shape and a float dtype, and hold the bytes in `_qdata`, uint8 (n_rows,
 row_bytes). Features are detected, versions are never compared. To support a new host, change this file; for layers
-that the host itself quantized, native.py; nothing else.
+that the host itself quantized native.py, for what it does with files and pinned memory file_bytes.py; nothing else.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from ..dequant import dequantize_rows
+from .product import Change, multiply_rows
 from .weight_params import WeightParams
 
 HostTensor = getattr(comfy.quant_ops, "QuantizedTensor", torch.Tensor)
 # Asked of the host's class, not of the package: an older host may stand beside an installed comfy_kitchen.
 HAS_KITCHEN = HostTensor.__module__.startswith("comfy_kitchen.")
 LAYOUT_NAME = "GGUFLayout"
-# Of a dequantized weight at a time where a large one is multiplied; larger than any layer but those of vocabularies.
-SLICE_BYTES = 256 << 20
 
 
 def _dequantize(qdata: torch.Tensor, params: WeightParams, dtype: torch.dtype) -> torch.Tensor:
@@ -362,6 +361,11 @@ def with_dtype(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return _build(weight._qdata, dataclasses.replace(weight._params, orig_dtype=dtype or weight._params.orig_dtype))
 
 
+def with_bytes(weight: torch.Tensor, qdata: torch.Tensor) -> torch.Tensor:
+    """The same weight over another copy of its bytes."""
+    return _build(qdata, weight._params)
+
+
 def filled_from_quantized(tensor: torch.Tensor) -> bool:
     """Whether the host has copied a quantized weight into this float tensor."""
     return getattr(tensor, "_gguf_was_quantized", False)
@@ -372,24 +376,19 @@ def dequantize_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return _dequantize(weight._qdata, weight._params, dtype)
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """x (..., in) times a quantized weight (out, in), dequantized in `dtype` and no more of it at a time than needed.
-
-    A vocabulary's matrix is the largest weight of a model by far, and as a float tensor it would be gigabytes.
-    """
-    n_out, n_in = weight.shape
-    by_index = indexed_bytes(weight)
-    n_rows = max(1, SLICE_BYTES // (n_in * dtype.itemsize))
-    if by_index is None or n_rows >= n_out:
-        return torch.nn.functional.linear(x, dequantize_weight(weight, dtype).to(x.dtype), bias)
-    y = x.new_empty((*x.shape[:-1], n_out))
-    for start in range(0, n_out, n_rows):
-        part = slice(start, min(start + n_rows, n_out))
-        rows = _slice_rows(weight, part.start, part.stop)
-        y[..., part] = torch.nn.functional.linear(
-            x, dequantize_weight(rows, dtype).to(x.dtype), None if bias is None else bias[part]
-        )
-    return y
+def multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    change: Change | None = None,
+) -> torch.Tensor:
+    """x (..., in) times a quantized weight (out, in), as multiply_rows()."""
+    rows = indexed_bytes(weight)
+    if rows is not None:
+        return multiply_rows(x, rows, weight._params.qtype, bias, dtype, change)
+    dense = dequantize_weight(weight, dtype)
+    return torch.nn.functional.linear(x, (change(dense, 0) if change else dense).to(x.dtype), bias)
 
 
 class _CastView:

@@ -15,6 +15,7 @@ import comfy.float
 import torch
 
 from .compat import as_param, dequantize_weight, is_quantized, with_dtype
+from .file_bytes import move
 from .lazy_weight import LazyWeight
 from .lora import PatchableWeight, patch_weight
 from .native import become_native, native_class
@@ -45,12 +46,15 @@ class QuantizedLayer(PatchableWeight):
         bias: float parameter (out,) or None.
         missing: names of parameters that the file did not have; they are zero.
         kind: the layer's name in an ops namespace.
+        can_keep: whether it computes from the whole weight, so that keeping it dequantized saves time.
     """
 
     options = OpsOptions()
     missing: frozenset[str] = frozenset()
     kind = ""
+    can_keep = False
     comfy_cast_weights = True
+    _kept: torch.Tensor | None = None
 
     def __init__(self, *args: Any, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         # Built on the meta device: shapes and attributes of the host's layer without memory for its weights.
@@ -68,7 +72,8 @@ class QuantizedLayer(PatchableWeight):
         """A layer of its own over the same bytes, which nothing changes in place."""
         memo |= {id(value): value for value in self._parameters.values() if is_quantized(value)}
         copied = memo[id(self)] = self.__class__.__new__(self.__class__)
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        copied.__dict__.update(copy.deepcopy(state, memo))
         return copied
 
     # -- state --
@@ -97,6 +102,7 @@ class QuantizedLayer(PatchableWeight):
             rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             self._load_from_state_dict(state_dict, prefix, *rest)
             return
+        self.drop_kept()
         for name, shape in self._expected_shapes.items():
             value = state_dict.get(prefix + name)
             if value is None:
@@ -151,9 +157,13 @@ class QuantizedLayer(PatchableWeight):
         for name, value in self._parameters.items():
             if value is None:
                 continue
-            # A missing one stays a single zero.
-            new = fn(value.flatten()[:1]).expand(value.shape) if name in self.missing else fn(value)
-            self._parameters[name] = as_param(new) if is_quantized(new) else torch.nn.Parameter(new, False)
+            if name in self.missing:  # stays a single zero
+                new: torch.Tensor = torch.nn.Parameter(fn(value.flatten()[:1]).expand(value.shape), False)
+            else:
+                new = move(value, fn)
+            self._parameters[name] = new
+            if self._kept is not None and self._kept.device != new.device:
+                self.drop_kept()
         return self
 
     # -- what a host's patcher calls when it patches a weight itself --
@@ -194,17 +204,47 @@ class QuantizedLayer(PatchableWeight):
 
     # -- forward --
 
+    def keep(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Keep the weight dequantized on a device from now on, unless it is or has become a float weight."""
+        device = torch.empty(0, device=device).device  # with its index, as tensors have it
+        if not is_quantized(self.weight) or self.has_kept(device, dtype):
+            return
+        # Made as a normal tensor, so that it also serves where gradients of the input are wanted.
+        with torch.inference_mode(False), torch.no_grad():
+            self._kept = self._dequantize(self.weight.to(device=device), dtype)
+
+    def drop_kept(self) -> None:
+        """Dequantize in each forward again."""
+        self._kept = None
+
+    def kept_bytes(self) -> int:
+        """Bytes of the weight that is kept, 0 if none is."""
+        return 0 if self._kept is None else self._kept.nbytes
+
+    def has_kept(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the weight is kept for such inputs."""
+        return self._kept is not None and self._kept.dtype == dtype and self._kept.device == device
+
+    def _dequantize(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return dequantize_weight(weight, self.options.dequant_dtype or dtype).to(dtype)
+
+    def shared_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A weight that cast_weight() gave, as a float tensor without patches; other calls may get the same one."""
+        if not is_quantized(weight):
+            return weight.to(dtype)
+        return self._kept if self.has_kept(weight.device, dtype) else self._dequantize(weight, dtype)
+
     def float_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A weight that cast_weight() gave, as a private float tensor without patches."""
+        """The same as a private tensor, which may be written to."""
         if not is_quantized(weight):
             return weight.to(dtype, copy=True)
-        return dequantize_weight(weight, self.options.dequant_dtype or dtype).to(dtype)
+        return self._kept.clone() if self.has_kept(weight.device, dtype) else self._dequantize(weight, dtype)
 
     def patched_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The same with all patches in force and the host's weight wrappers applied, rounded once to `dtype`."""
         patches, wrappers = self.active_patches(), self.wrapper_functions()
         if not patches:
-            result = self.float_weight(weight, dtype)
+            result = self.float_weight(weight, dtype) if wrappers else self.shared_weight(weight, dtype)
         else:
             patch_dtype = self._patch_dtype(dtype, default=torch.float32)
             key = (self.base_patch() or self._hook_patch).key
@@ -212,6 +252,9 @@ class QuantizedLayer(PatchableWeight):
         for function in wrappers:
             result = function(result)
         return result
+
+    def prepare_patches(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make ahead what the patches in force need in forwards on a device in a compute dtype: here, nothing."""
 
     def _patch_dtype(self, compute_dtype: torch.dtype, default: torch.dtype) -> torch.dtype:
         chosen = self.options.patch_dtype

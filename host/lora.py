@@ -2,8 +2,8 @@
 """Patches on quantized weights: which are in force for a weight, and how they are applied without touching its bytes.
 
 A patch list is the host's own: tuples (strength, adapter, strength_model, offset, function). Plain LoRA is added on a
-low-rank side path, or into the freshly dequantized weight when there are many tokens; everything else goes through the
-host's calculate_weight on the dequantized weight, which is exact.
+low-rank side path, or into the freshly dequantized weight when there are many tokens (low_rank.py); everything else
+goes through the host's calculate_weight on the dequantized weight, which is exact.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 
 import comfy.lora
 import torch
-from comfy.weight_adapter import LoRAAdapter
 
 from .compat import is_quantized
+from .kept_factors import factors_of, hand_over
+from .low_rank import LowRank, Patch
 
-PatchList = list[tuple[float, Any, float, Any, Any]]
+PatchList = list[Patch]
 MODEL_PREFIX = "diffusion_model."  # before the names of a network in the host's models and patches
 
 
@@ -33,22 +34,6 @@ class PatchRef:
 
     key: str
     patches: dict[str, PatchList]
-
-
-@dataclasses.dataclass(frozen=True)
-class LowRank:
-    """One plain LoRA on a 2-D weight: W[rows, columns] += up @ down.
-
-    Attributes:
-        up: (n_rows, rank), the strength and alpha already multiplied in.
-        down: (rank, n_columns).
-        rows, columns: the part of the weight it acts on.
-    """
-
-    up: torch.Tensor
-    down: torch.Tensor
-    rows: slice
-    columns: slice
 
 
 class PatchableWeight:
@@ -71,6 +56,7 @@ class PatchableWeight:
 
     @weight_lowvram_function.setter
     def weight_lowvram_function(self, patch: Any) -> None:
+        hand_over(self._dynamic_patch, patch)  # dynamic hosts make all patches anew for every run
         self._dynamic_patch = patch
 
     def base_patch(self) -> Any:
@@ -88,6 +74,21 @@ class PatchableWeight:
                 patches = patches + ref.patches.get(ref.key, [])
         return patches
 
+    def low_rank_factors(
+        self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, keep_all: bool
+    ) -> tuple[LowRank, ...] | None:
+        """All patches in force now as low-rank factors, or None if one of them is anything but a plain LoRA.
+
+        Those of the hooks are apart: they come and go while the others stay.
+        """
+        found: tuple[LowRank, ...] = ()
+        for ref in (self.base_patch(), self._hook_patch):
+            factors = () if ref is None else factors_of(ref, shape, device, dtype, keep_all)
+            if factors is None:
+                return None
+            found += factors
+        return found
+
     def wrapper_functions(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
         """Weight functions that are not patches (the host's weight wrappers); they run last, on the float weight."""
         return [f for f in self.weight_function if not is_patch(f)]
@@ -96,61 +97,6 @@ class PatchableWeight:
 def is_patch(function: Any) -> bool:
     """Whether a weight function is a patch list in the host's wrapping."""
     return hasattr(function, "patches") and hasattr(function, "key")
-
-
-def low_rank_patches(
-    patches: PatchList, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> list[LowRank] | None:
-    """The patches as low-rank factors on `device`, or None if one of them is anything but a plain LoRA."""
-    factors = []
-    for strength, adapter, strength_model, offset, function in patches:
-        if not isinstance(adapter, LoRAAdapter) or function is not None or strength_model != 1.0 or len(shape) != 2:
-            return None
-        up, down, alpha, mid, dora_scale, reshape = adapter.weights
-        if mid is not None or dora_scale is not None or reshape is not None:
-            return None
-        rows, columns = _target(shape, offset)
-        if (up.shape[0], down[0].numel()) != (rows.stop - rows.start, columns.stop - columns.start):
-            return None
-        scale = strength * (alpha / down.shape[0] if alpha is not None else 1.0)
-        up = up.flatten(1).to(device=device, dtype=torch.float32, non_blocking=True) * scale
-        down = down.flatten(1).to(device=device, dtype=dtype, non_blocking=True)
-        factors.append(LowRank(up.to(dtype), down, rows, columns))
-    return factors
-
-
-def _target(shape: tuple[int, ...], offset: tuple[int, int, int] | None) -> tuple[slice, slice]:
-    """Rows and columns that a patch with this offset (dim, start, length) acts on."""
-    bounds = [slice(0, n) for n in shape]
-    if offset is not None:
-        dim, start, length = offset
-        bounds[dim] = slice(start, start + length)
-    return bounds[0], bounds[1]
-
-
-def prefers_side_path(n_tokens: int, shape: torch.Size) -> bool:
-    """Whether the side path costs fewer operations than adding the product to the weight.
-
-    Side path: 2 r T (in + out); into the weight: 2 r in out. They meet at T = in out / (in + out).
-    """
-    n_out, n_in = shape
-    return n_tokens * (n_in + n_out) <= n_in * n_out
-
-
-def add_to_output(y: torch.Tensor, x: torch.Tensor, factors: list[LowRank]) -> torch.Tensor:
-    """y += x down' up' for each factor, in the factors' dtype; y (..., out), x (..., in). Works in place on y."""
-    for f in factors:
-        hidden = torch.nn.functional.linear(x[..., f.columns].to(f.down.dtype), f.down)  # (..., rank)
-        y[..., f.rows] += torch.nn.functional.linear(hidden, f.up)
-    return y
-
-
-def add_to_weight(weight: torch.Tensor, factors: list[LowRank]) -> torch.Tensor:
-    """weight[rows, columns] += up @ down for each factor, in place on a private weight (out, in)."""
-    for f in factors:
-        part = weight[f.rows, f.columns]
-        part.addmm_(f.up.to(weight.dtype), f.down.to(weight.dtype))
-    return weight
 
 
 def patch_weight(weight: torch.Tensor, patches: PatchList, key: str, original: Any) -> torch.Tensor:

@@ -8,18 +8,23 @@ wants a second copy.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import comfy.hooks
+import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP
 
 from .compat import accepted, is_quantized, quantized_modules
-from .lora import PatchRef
+from .file_bytes import own_copy, pin, release_pages, settle, unpin
+from .kept_factors import ExpectedFactors, drop_factors
+from .kept_weights import KeptWeights
+from .lora import PatchRef, is_patch
 from .native import mark_scaled_fp8
 from .plain import make_plain
 
@@ -53,11 +58,27 @@ class GGUFPatcher(comfy.model_patcher.ModelPatcher):
         module._loaded_patch = PatchRef(key, self.patches) if key in self.patches else None
         return module.weight
 
+    def model_size(self) -> int:
+        """Bytes of the model and of what it will keep dequantized, which the host makes room for alike."""
+        return super().model_size() + _kept_plan(self.model)
+
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
             for _, module in quantized_modules(self.model):
                 module._loaded_patch = None
         super().unpatch_model(device_to, unpatch_weights)
+
+    def partially_unload(self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False) -> float:
+        """Kept weights go first and do not come back before the next load: bytes that are offloaded cost more."""
+        freed = _kept(self.model).release(memory_to_free)
+        self.model.model_loaded_weight_memory -= freed
+        if 0 < memory_to_free <= freed:
+            return freed
+        freed += super().partially_unload(device_to, memory_to_free - freed, force_patch_weights)
+        for _, module in quantized_modules(self.model):
+            if any(is_patch(function) for function in module.weight_function):
+                module._loaded_patch = None  # the host has taken its place, and the factors that it kept are freed
+        return freed
 
     def _load_list(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The host's list, with the dequantized weight as what an offloaded layer needs on the device."""
@@ -69,6 +90,24 @@ class GGUFPatcher(comfy.model_patcher.ModelPatcher):
                 offload_bytes = module_bytes + module.weight.numel() * itemsize
             entries.append((offload_bytes, *entry[1:]))
         return entries
+
+    # -- offloaded weights: what of the file is pinned is a copy of its bytes --
+
+    def pin_weight_to_device(self, key: str) -> None:
+        pinned = pin(comfy.utils.get_attr(self.model, key))
+        if pinned is not None:
+            set_parameter(self.model, key, pinned)
+            self.pinned.add(key)
+
+    def unpin_weight(self, key: str) -> None:
+        if key in self.pinned:
+            set_parameter(self.model, key, unpin(comfy.utils.get_attr(self.model, key)))
+            self.pinned.remove(key)
+
+    def make_writable(self, key: str) -> None:
+        """Give a float weight memory of its own: the host is about to write into it."""
+        self.unpin_weight(key)
+        set_parameter(self.model, key, own_copy(comfy.utils.get_attr(self.model, key)))
 
     # -- hooks: patches that come and go while sampling --
 
@@ -82,20 +121,21 @@ class GGUFPatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         module = quantized_module(self.model, key)
         if module is None or key not in combined_patches:
+            if key in combined_patches:
+                self.make_writable(key)
             super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
             return
         module._hook_patch = PatchRef(key, combined_patches)
+        module.prepare_patches(self.load_device, compute_dtype(self.model))
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
-            self.cached_hook_patches.setdefault(hooks, {})[key] = (combined_patches, None)
+            self.cached_hook_patches.setdefault(hooks, {})[key] = (module._hook_patch, None)
 
     def patch_cached_hook_weights(self, cached_weights: dict[str, Any], key: str, memory_counter: Any) -> None:
         module = quantized_module(self.model, key)
         if module is not None:
-            module._hook_patch = PatchRef(key, cached_weights[key][0])
+            module._hook_patch = cached_weights[key][0]
             return
-        if key not in self.hook_backup:
-            # The host writes into the parameter, which may be a read-only view of the file.
-            comfy.utils.set_attr_param(self.model, key, comfy.utils.get_attr(self.model, key).clone())
+        self.make_writable(key)
         super().patch_cached_hook_weights(cached_weights, key, memory_counter)
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
@@ -105,28 +145,48 @@ class GGUFPatcher(comfy.model_patcher.ModelPatcher):
         super().unpatch_hooks(whitelist_keys_set)
 
 
+def set_parameter(model: torch.nn.Module, key: str, value: torch.Tensor) -> None:
+    """Put a parameter in the place of the one with this state-dict key."""
+    path, _, name = key.rpartition(".")
+    model.get_submodule(path)._parameters[name] = value  # type: ignore[assignment]
+
+
 def compute_dtype(model: Any) -> torch.dtype:
     """The dtype of a model's activations: what the host chose for a diffusion model, float32 in text encoders."""
     get_dtype = getattr(model, "get_dtype", None)
     return (model.manual_cast_dtype or get_dtype()) if get_dtype is not None else torch.float32
 
 
-def adopt(patcher: Any, reload: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
+def adopt(patcher: Any, reload: tuple[Callable[..., Any], tuple[Any, ...]], keep_bytes: int = 0) -> None:
     """Make a patcher that the host has just built over quantized layers ours, and its clones with it.
 
     Args:
         patcher: of the host; changed in place.
         reload: (function, arguments), where function(*arguments, disable_dynamic=bool) loads the same model again and
             gives its patcher.
+        keep_bytes: of weights that may stay dequantized where there is room when the whole model is loaded.
     """
     patcher.cached_patcher_init = reload
     make_plain(patcher.model)
+    settle(patcher.model)
+    patcher.model._gguf_kept = KeptWeights(patcher.model, keep_bytes)
     _convert(patcher)
-    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, lambda _, clone: _convert(clone))
+    expected = ExpectedFactors(patcher, any(m.options.patch_on_device for _, m in quantized_modules(patcher.model)))
+    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, _convert_clone)
+    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, lambda _, clone: expected.add(clone))
+    patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY, _prepare_patches)
+    patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY, _keep_weights)
+    patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY, _release_pages)
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _CALLBACK_KEY, _drop_factors)
-    _reserve_memory(patcher.model)
+    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _CALLBACK_KEY, _drop_kept)
+    _reserve_memory(patcher.model, not isinstance(patcher, GGUFPatcher), expected)
     _save_lazily(patcher.model)
     mark_scaled_fp8(patcher.model)
+
+
+def _convert_clone(patcher: Any, clone: Any) -> None:
+    clone.size = patcher.size  # the host passes model_size() on, which is more where weights are kept
+    _convert(clone)
 
 
 def _convert(patcher: Any) -> None:
@@ -135,14 +195,68 @@ def _convert(patcher: Any) -> None:
         patcher.size = 0  # the host may have measured it before; ask again with exact bytes
 
 
-def _drop_factors(patcher: Any, unpatch_all: bool = True) -> None:
-    """Free LoRA factors that patch_on_device kept; layers that still need them make them again."""
+def _prepare_patches(patcher: Any, device_to: Any, *others: Any) -> None:
+    """After a load: make the factors of LoRAs now. Steps may run in a compiled or captured graph, which makes none."""
+    if device_to is None or not hasattr(patcher.model, "get_dtype"):  # text encoders do not say what they compute in
+        return
     for _, module in quantized_modules(patcher.model):
-        vars(module.base_patch() or module).pop("_gguf_factors", None)
+        module.prepare_patches(device_to, compute_dtype(patcher.model))
 
 
-def _reserve_memory(model: Any) -> None:
-    """Add the largest weight dequantized, twice for layers that reshape it, to what the host expects a step to need."""
+def _drop_factors(patcher: Any, unpatch_all: bool = True) -> None:
+    """Free the factors of LoRAs when a model leaves its device; a clone that takes its place may have the same ones."""
+    for _, module in quantized_modules(patcher.model) if unpatch_all else ():
+        drop_factors(module.base_patch())
+        drop_factors(module._hook_patch)
+
+
+def _release_pages(patcher: Any, device_to: Any, *others: Any) -> None:
+    """After a load to a device: what was read through the map is there now. Under dynamic VRAM the host does it."""
+    if isinstance(patcher, GGUFPatcher) and not comfy.model_management.is_device_cpu(device_to):
+        release_pages(patcher.model)
+
+
+def _kept(model: Any) -> KeptWeights:
+    kept: KeptWeights = model._gguf_kept
+    return kept
+
+
+def _kept_plan(model: Any) -> int:
+    return _kept(model).planned(compute_dtype(model))
+
+
+def _keep_weights(patcher: Any, device_to: Any, usable: float, force_patch_weights: bool, full_load: bool) -> None:
+    """After a load: keep weights dequantized in what is left beside all of the model's bytes.
+
+    Args:
+        usable: bytes that the host gave a model that is not fully loaded.
+    """
+    model, kept = patcher.model, _kept(patcher.model)
+    if not isinstance(patcher, GGUFPatcher):  # dynamic VRAM: it loads bytes as they are used
+        unloaded = max(0, patcher.model_size() - patcher.loaded_size())
+        free = comfy.model_management.get_free_memory(device_to) + kept.size()
+        room = free - unloaded - comfy.model_management.minimum_inference_memory()
+    elif full_load:
+        room = math.inf
+    else:
+        room = 0 if model.model_lowvram else usable - model.model_loaded_weight_memory
+    kept.fill(device_to, compute_dtype(model), room)
+    if isinstance(patcher, GGUFPatcher) and not full_load:  # else the host has counted all of model_size()
+        model.model_loaded_weight_memory += kept.size()
+
+
+def _drop_kept(patcher: Any, unpatch_all: bool = True) -> None:
+    """Free kept weights, unless a clone goes on with them."""
+    if unpatch_all:
+        _kept(patcher.model).release(math.inf)
+
+
+def _reserve_memory(model: Any, is_dynamic: bool, expected: ExpectedFactors) -> None:
+    """Add what the host does not know of to what it expects a step to need.
+
+    That is the largest weight dequantized, twice for layers that reshape it, the factors of LoRAs that are yet to be
+    made, and under dynamic VRAM what is yet to be kept dequantized.
+    """
     base = getattr(type(model), "memory_required", None)
     largest = max((m.weight.numel() for _, m in quantized_modules(model)), default=0)
     if base is None or not largest:
@@ -150,7 +264,10 @@ def _reserve_memory(model: Any) -> None:
     owner = weakref.ref(model)
 
     def memory_required(*args: Any, **kwargs: Any) -> float:
-        return base(owner(), *args, **kwargs) + 2 * largest * compute_dtype(owner()).itemsize
+        dtype = compute_dtype(owner())
+        pending = max(0, _kept_plan(owner()) - _kept(owner()).size()) if is_dynamic else 0
+        pending += expected.pending(owner(), dtype)
+        return base(owner(), *args, **kwargs) + 2 * largest * dtype.itemsize + pending
 
     model.memory_required = memory_required
 

@@ -5,6 +5,7 @@ import comfy.model_patcher
 import pytest
 import tiny
 import torch
+from gguf_kit.host import kept_factors
 from gguf_kit.host.compat import is_quantized, quantized_modules
 
 DYNAMIC = hasattr(comfy.model_patcher, "ModelPatcherDynamic")
@@ -95,6 +96,51 @@ def test_kept_factors_are_freed_when_the_model_is_detached(pair, vbar):
     patcher.detach()
     assert len(refs) == 5
     assert not any(hasattr(ref, "_gguf_factors") for ref in refs)
+
+
+def kept(patcher):
+    sets = [vars(m.base_patch() or m).get("_gguf_factors") for _, m in quantized_modules(patcher.model)]
+    return [s for s in sets if s is not None]
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["fits in VRAM", "does not fit"])
+@pytest.mark.parametrize("batch", [1, 16], ids=["few tokens", "many tokens"])
+def test_four_loras_on_whole_and_split_weights(pair, vbar, resident, batch):
+    dense, path = pair
+    loras = tiny.lora(1), tiny.lora(2, rank=8), tiny.lora(3), tiny.split_lora()
+    reference = expected(dense, *loras, batch=batch)
+    vbar.resident = resident
+    patcher = tiny.with_patches(tiny.quantized_model(path), *loras)
+    load(patcher)
+    assert tiny.relative(run(patcher, batch), reference) < EXACT
+    vbar.evict()
+    assert tiny.relative(run(patcher, batch), reference) < EXACT
+
+
+def test_factors_outlast_loads_with_the_same_patches_and_no_others(pair, vbar):
+    """This host makes all its patches anew for each run."""
+    dense, path = pair
+    first, second = expected(dense, tiny.lora(1)), expected(dense, tiny.lora(2), tiny.lora(1), strength=0.3)
+    base = tiny.quantized_model(path)
+    patcher = tiny.with_patches(base, tiny.lora(1))
+    load(patcher)
+    run(patcher)
+    made = kept(patcher)
+    used = kept_factors.BUDGET.used(tiny.CPU)
+    for same in (patcher, patcher.clone()):
+        load(same)
+        assert len(made) == 5
+        assert all(a is b for a, b in zip(kept(same), made, strict=True))
+        assert tiny.relative(run(same), first) < EXACT
+    other = tiny.with_patches(base, tiny.lora(2), tiny.lora(1), strength=0.3)
+    load(other)
+    assert not {*map(id, kept(other))} & {*map(id, made)}
+    del made
+    assert tiny.relative(run(other), second) < EXACT
+    assert kept_factors.BUDGET.used(tiny.CPU) == 2 * used
+    load(base)
+    assert kept(base) == []
+    assert kept_factors.BUDGET.used(tiny.CPU) == 0
 
 
 def test_dora_goes_through_the_host(pair, vbar):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_kit import ops
-from gguf_kit.host import compat
+from gguf_kit.host import product
 from gguf_kit.host.compat import as_param, is_quantized, wrap
 from gguf_kit.host.lora import PatchRef
 from gguf_kit.host.patcher import GGUFPatcher
@@ -183,7 +183,7 @@ def test_what_a_file_lacks_weighs_nothing_and_is_not_saved():
 
 def test_a_large_matrix_is_multiplied_in_parts(monkeypatch):
     module, weight, bias = layer("Linear", 512, 96, qtype=Q.Q4_K)
-    monkeypatch.setattr(compat, "SLICE_BYTES", 40 * 512 * 4)
+    monkeypatch.setattr(product, "SLICE_BYTES", 40 * 512 * 4)
     for shape in ((3, 5, 512), (1, 512)):
         x = torch.randn(shape)
         assert torch.allclose(module(x), torch.nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)

@@ -129,6 +129,43 @@ def test_the_advanced_node_passes_its_options_to_its_model_alone(folder, tiny_fl
     assert tiny.run(model).isfinite().all()
 
 
+def test_workflows_of_before_have_their_inputs_first_and_in_order():
+    """The values of a saved workflow are assigned by position."""
+    plain, advanced = (node.INPUT_TYPES() for node in (nodes.UnetLoaderGGUF, nodes.UnetLoaderGGUFAdvanced))
+    assert list(plain["optional"]) == ["extra_name"]
+    assert list(advanced["optional"]) == ["extra_name", "compute_dtype", "keep_dequantized_mb"]
+    assert advanced["optional"]["compute_dtype"][1]["default"] == "default"
+    assert advanced["optional"]["keep_dequantized_mb"][1]["default"] == 0
+
+
+def test_the_advanced_node_passes_its_newer_inputs_on(folder, monkeypatch):
+    (folder / "m.gguf").write_bytes(b"")
+    calls = []
+    monkeypatch.setattr(nodes, "load_model", lambda *args: calls.append(args[2:]))
+    node = nodes.UnetLoaderGGUFAdvanced()
+    node.load_unet("m.gguf", "default", "default", False, "none")
+    node.load_unet("m.gguf", compute_dtype="bfloat16", keep_dequantized_mb=3)
+    assert calls == [(None, None, 0), (None, torch.bfloat16, 3 << 20)]
+    states = [node.IS_CHANGED("m.gguf", keep_dequantized_mb=mb, compute_dtype="float32") for mb in (0, 64)]
+    assert states[0] == states[1] == node.IS_CHANGED("m.gguf")  # the host itself compares inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_model_computes_in_the_chosen_type_on_a_cpu(folder, tiny_flux, dtype):
+    os.link(tiny_flux("Q4_K_S"), folder / "m.gguf")
+    (model,) = nodes.UnetLoaderGGUFAdvanced().load_unet("m.gguf", compute_dtype=str(dtype).removeprefix("torch."))
+    seen = set()
+    for layer in model.model.diffusion_model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+    result = tiny.run(model)
+    assert seen == {dtype}
+    expected = tiny.run(tiny.float_model(tiny_flux("Q4_K_S")))
+    assert tiny.relative(result, expected) <= (0 if dtype == torch.float32 else 2e-2)
+    clone = model.cached_patcher_init[0](*model.cached_patcher_init[1], disable_dynamic=True)
+    assert torch.equal(tiny.run(clone), result)
+
+
 def test_a_replaced_file_counts_as_changed(folder, tiny_flux):
     path = folder / "m.gguf"
     os.link(tiny_flux("Q2_K"), path)

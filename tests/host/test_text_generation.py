@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_kit.host import compat
+from gguf_kit.host import product
 from gguf_kit.host.compat import is_quantized, wrap
 from gguf_kit.loader import load_text_encoder
 from gguf_kit.ops import make_ops
@@ -103,9 +103,9 @@ def test_a_table_is_dequantized_in_parts(models, monkeypatch):
     dense, ours = models
     tables = set_tables(models, Q.Q6_K)
     n_in = tables[0].weight.shape[1]
-    monkeypatch.setattr(compat, "SLICE_BYTES", 40 * n_in * 4)
-    shapes, whole = [], compat.dequantize_rows
-    monkeypatch.setattr(compat, "dequantize_rows", lambda rows, *a: shapes.append(rows.shape) or whole(rows, *a))
+    monkeypatch.setattr(product, "SLICE_BYTES", 40 * n_in * 4)
+    shapes, into = [], product.dequantize_into
+    monkeypatch.setattr(product, "dequantize_into", lambda rows, *a: shapes.append(rows.shape) or into(rows, *a))
     x = torch.randn(1, 3, n_in)
     with torch.inference_mode():
         assert torch.allclose(ours.logits(x), dense.logits(x), rtol=1e-5, atol=1e-5)
@@ -126,10 +126,10 @@ def test_a_table_of_another_dtype_goes_straight_to_that_of_the_activations(infer
     x = torch.randn(1, 3, 256)
     assert torch.equal(model.logits(x), torch.nn.functional.linear(x[:, -1:], values))
     if inference_mode:
-        seen, dequantize_rows = [], compat.dequantize_rows
-        monkeypatch.setattr(compat, "SLICE_BYTES", 50 * 256 * 4)
+        seen, into = [], product.dequantize_into
+        monkeypatch.setattr(product, "SLICE_BYTES", 50 * 256 * 4)
         monkeypatch.setattr(
-            compat, "dequantize_rows", lambda rows, *a: seen.append((len(rows), a[-1])) or dequantize_rows(rows, *a)
+            product, "dequantize_into", lambda rows, *a: seen.append((len(rows), a[-1].dtype)) or into(rows, *a)
         )
         model.logits(x)
         assert seen == [(50, torch.float32), (46, torch.float32)]
