@@ -5,7 +5,8 @@
     nox -s demo            pictures and a table in demo-output/
     nox -s tests           all tests; arguments after -- go to pytest (nox -s tests -- tests/e2e -k picture)
     nox -s lint
-    nox -s bench           tests/bench/bench_*.py; names after -- (bench_load) choose some, other arguments go to those
+    nox -s bench           tests/bench/bench_*.py, into tests/bench/results; names after -- (bench_load, prototype_int8)
+                           choose some, other arguments go to those; tests/make_bench_table.py puts results into README
 
 torch and its libraries are large, so all sessions share one environment, .nox/host-env, which fits the ComfyUI in use.
 It is made once and changed when a requirement changes. The ComfyUI is the one of COMFYUI_PATH, else the one this folder
@@ -155,10 +156,13 @@ def check_types(session: nox.Session, python: str) -> None:
 
 @nox.session(python=False)
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks one after another."""
+    """Run the benchmarks one after another; each replaces its older records of this kind of machine."""
     python, variables = prepare(session)
-    scripts = sorted((ROOT / "tests" / "bench").glob("bench_*.py"))
-    named = [script for script in scripts if script.stem in session.posargs]
-    options = [argument for argument in session.posargs if argument not in {script.stem for script in scripts}]
-    for script in named or scripts:
-        session.run(python, str(script), *options, env=variables, external=True)
+    folder = ROOT / "tests" / "bench"
+    scripts = {script.stem: script for pattern in ("bench_*.py", "prototype_*.py") for script in folder.glob(pattern)}
+    named = [argument for argument in session.posargs if argument in scripts]
+    options = [argument for argument in session.posargs if argument not in scripts]
+    if "--save" not in options:
+        options.append("--save")
+    for name in named or sorted(name for name in scripts if name.startswith("bench_")):
+        session.run(python, str(scripts[name]), *options, env=variables, external=True)

@@ -10,36 +10,34 @@ is what counts. Memory is the peak of the converter's anonymous pages (Linux), s
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
+import _paths  # noqa: F401
 import torch
+from gguf import GGMLQuantizationType as QType
+from gguf_kit.quantize import ggml
+from gguf_kit.quantize.convert import CHUNK_WEIGHTS
+from gguf_kit.quantize.encode import GgmlEngine
+from gguf_kit.quantize.recipes import RECIPES
+from gguf_kit.tools.llama_cpp import build
+from hosted import flux_shapes, n_blocks_for
+from measure import ROOT, Report, digits, make_parser
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
-import _pack  # noqa: E402, F401
-from bench_load import DOUBLE, SINGLE, flux_shapes  # noqa: E402
-from gguf_kit.quantize import ggml  # noqa: E402
-from gguf_kit.quantize.convert import CHUNK_WEIGHTS  # noqa: E402
-from gguf_kit.quantize.encode import GgmlEngine  # noqa: E402
-from gguf_kit.quantize.recipes import RECIPES  # noqa: E402
-from gguf_kit.tools.llama_cpp import build  # noqa: E402
 
 COLUMNS = 3072
 
 
 def write_source(path: Path, gigabytes: float) -> int:
     """A safetensors file of about this size, one repeated run of normal BF16 weights; returns the number of weights."""
-    per_block = 2 * (sum(map(prod, DOUBLE.values())) + 2 * sum(map(prod, SINGLE.values())))
-    shapes = flux_shapes(max(1, round(gigabytes * 1e9 / per_block)))
+    shapes = flux_shapes(n_blocks_for(gigabytes, QType.BF16))
     header, offset = {}, 0
     for name, shape in shapes.items():
         end = offset + 2 * prod(shape)
@@ -87,28 +85,27 @@ def convert(source: Path, type_name: str, n_threads: int, engine: str) -> tuple[
     return float(json.loads(reader.result()[0])["seconds"]), peak
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--types", nargs="+", default=["Q8_0", "Q6_K", "Q4_K_S"], choices=list(RECIPES))
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--engine", choices=("ggml", "torch"), default="ggml")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    report = Report("bench_convert", args)
     torch.set_num_threads(1)
-    print(f"| type | s | M weights/s | ggml alone | ratio | peak MB | (engine {args.engine}, {args.threads} threads)")
-    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "flux-shaped.safetensors"
-        n_weights = write_source(source, args.gigabytes)
-        for type_name in args.types:
+        n_weights = write_source(source, 0.1 if args.quick else args.gigabytes)
+        for type_name in args.types[: 1 if args.quick else None]:
             before = ggml_alone(type_name, args.threads)
             seconds, peak = convert(source, type_name, args.threads, args.engine)
             alone = (before + ggml_alone(type_name, args.threads)) / 2
             speed = n_weights / seconds / 1e6
-            print(
-                f"| {type_name} | {seconds:.1f} | {speed:.0f} | {alone:.0f} | {speed / alone:.2f} | {peak / 1e6:.0f} |"
-            )
-    return 0
+            figures = {"seconds": seconds, "mweights_per_s": speed, "ggml_alone": alone, "speed_by_ggml": speed / alone}
+            figures["peak_mb"] = peak / 1e6
+            rounded = {key: digits(value) for key, value in figures.items()}
+            report.add({"name": args.engine, "type": type_name, "weights": n_weights, **rounded})
+    return report.finish()
 
 
 if __name__ == "__main__":

@@ -1,51 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast the encoders quantize, against ggml_quantize_chunk on as many CPU threads in the same run.
 
-    python tests/bench/bench_encode.py [--types Q8_0 Q4_K] [--shapes flux-3072] [--threads 1] [--repeat 5]
+    python tests/bench/bench_encode.py [--types Q8_0 Q4_K] [--shapes flux-proj] [--threads 1] [--repeat 5]
 
 Needs libggml-python, whose prebuilt ggml is the baseline. An engine's bytes are compared with the baseline's before it
 is timed; one that differs prints FAIL and no figure. The engines take turns, so that a busy machine slows all of them;
-the ratio is that of the medians. One JSON line per case, then the table in Markdown. With --device the torch engine
+the ratio is the median of the rounds'. With --device the torch engine
 runs there, on weights that lie there, and the baseline stays on the CPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "tools")]
-
-import _pack  # noqa: E402, F401
-import make_files  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from gguf import GGMLQuantizationType as QType  # noqa: E402
-from gguf_kit.kernels import torch_encoder  # noqa: E402
-from gguf_kit.layouts import byte_shape, n_bytes  # noqa: E402
-from gguf_kit.quantize import ggml  # noqa: E402
-from gguf_kit.quantize.encode import Engine, GgmlEngine, TorchEngine, encode_rows  # noqa: E402
-from gguf_kit.tools.llama_cpp import build  # noqa: E402
-
-# Matrices of real models, rows by columns.
-SHAPES = {
-    "flux-3072": (3072, 3072),
-    "flux-9216": (9216, 3072),
-    "flux-12288": (12288, 3072),
-    "t5-4096": (4096, 10240),
-}
+import _paths  # noqa: F401
+import make_files
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as QType
+from gguf_kit.kernels import torch_encoder
+from gguf_kit.layouts import byte_shape, n_bytes
+from gguf_kit.quantize import ggml
+from gguf_kit.quantize.encode import Engine, GgmlEngine, TorchEngine, encode_rows
+from gguf_kit.tools.llama_cpp import build
+from measure import LAYERS, Report, Timing, digits, make_parser
 
 
 @dataclass(frozen=True)
@@ -152,83 +135,49 @@ def measure(case: Case, place: Place, n_runs: int) -> dict[str, list[float]]:
     return seconds
 
 
-def describe_machine(place: Place) -> dict[str, object]:
-    """What a figure depends on besides the case."""
-    name = platform.processor() or platform.machine()
-    if place.device.type == "cuda":
-        name = torch.cuda.get_device_name(place.device)
-    elif Path("/proc/cpuinfo").exists():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TESTS, capture_output=True, text=True)
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads": place.threads,
-        "torch": torch.__version__,
-        "git": git.stdout.strip(),
-    }
-
-
-def report(case: Case, engine: str, seconds: Sequence[float], machine: dict[str, object]) -> float | None:
-    """Print the JSON line of an engine's runs; returns the median in million weights/s, None after FAIL."""
-    line: dict[str, object] = {
-        "engine": engine,
-        "qtype": case.qtype.name,
-        "importance": case.importance,
-        "layer": case.layer,
-        "shape": [case.rows, case.columns],
-    }
-    median = None
-    if seconds:
-        rates = sorted(case.n_weights / each / 1e6 for each in seconds)
-        median = statistics.median(rates)
-        low, high = np.percentile(rates, [20, 80])
-        line |= {"mweights_per_s": round(median, 2), "p20": round(low, 2), "p80": round(high, 2), "n": len(rates)}
-        line["gb_per_s"] = round(case.n_bytes() * median * 1e6 / case.n_weights / 1e9, 3)
-    else:
-        line["result"] = "FAIL: bytes differ from the baseline's"
-    print(json.dumps(line | machine), flush=True)
-    return median
+def record(case: Case, seconds: Mapping[str, list[float]], report: Report) -> None:
+    """The records of one case: a line for each engine, in million weights/s and by the baseline's."""
+    base = Timing(tuple(seconds[BASELINE]))
+    for engine, each in seconds.items():
+        fields: dict[str, object] = {
+            "name": engine,
+            "qtype": case.qtype.name,
+            "importance": "yes" if case.importance else "no",
+            "layer": case.layer,
+            "shape": [case.rows, case.columns],
+        }
+        if not each:
+            report.fail(fields, "bytes differ from the baseline's")
+            continue
+        timing = Timing(tuple(each))
+        fields["mweights_per_s"] = digits(case.n_weights / timing.median / 1e6)
+        fields["gb_per_s"] = digits(case.n_bytes() / timing.median / 1e9)
+        against = {BASELINE: {"ms": digits(1e3 * base.median), "time": digits(timing.over(base))}}
+        report.add({**fields, **timing.describe(), "against": against})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     names = sorted((qtype.name for qtype in torch_encoder.ENCODABLE_QTYPES), key=lambda name: QType[name])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--types", nargs="+", choices=names, default=names, metavar="TYPE", help=", ".join(names))
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["flux-3072"])
+    parser.add_argument("--shapes", nargs="+", choices=list(LAYERS), default=["flux-proj"])
     parser.add_argument("--importance", choices=["none", "random", "both"], default="both")
     parser.add_argument("--rows", type=int, default=1 << 30, help="encode at most so many rows of a matrix")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.set_defaults(threads=1)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="of the torch engine")
     options = parser.parse_args(argv)
     importances = {"none": [False], "random": [True], "both": [False, True]}[options.importance]
     place = Place(options.threads, ThreadPoolExecutor(options.threads), torch.device(options.device))
-    machine = describe_machine(place)
-    table = []
-    for layer, name, importance in itertools.product(options.shapes, options.types, importances):
-        rows, columns = SHAPES[layer]
-        case = Case(QType[name], layer, min(rows, options.rows), columns, importance)
-        seconds = measure(case, place, options.repeat)
-        table.append((case, {engine: report(case, engine, each, machine) for engine, each in seconds.items()}))
-    print_table(table, machine)
-    return 1 if any(None in rates.values() for _, rates in table) else 0
-
-
-def print_table(table: Sequence[tuple[Case, dict[str, float | None]]], machine: dict[str, object]) -> None:
-    """The medians in million weights/s, and each engine's share of the baseline's."""
-    others = [name for name in ENGINES if name != BASELINE]
-    print(f"\nMillion weights/s, median; {machine['device']}, {machine['threads']} threads, torch {machine['torch']}\n")
-    print(f"| type | importance | shape | {BASELINE} | " + " | ".join(f"{name} | ratio" for name in others) + " |")
-    print("|---|---|---|--:|" + "--:|--:|" * len(others))
-    for case, rates in table:
-        base = rates[BASELINE]
-        cells = [case.qtype.name, "yes" if case.importance else "no", f"{case.rows}x{case.columns}", f"{base:.1f}"]
-        for name in others:
-            rate = rates[name]
-            cells += ["FAIL", ""] if rate is None or base is None else [f"{rate:.1f}", f"{rate / base:.2f}"]
-        print("| " + " | ".join(cells) + " |")
+    report = Report("bench_encode", options, place.device)
+    names, n_rows, n_runs = options.types, options.rows, options.repeat
+    if options.quick:
+        names, n_rows, n_runs = names[:2], 16, 1
+    for layer, name, importance in itertools.product(options.shapes, names, importances):
+        rows, columns = LAYERS[layer]
+        case = Case(QType[name], layer, min(rows, n_rows), columns, importance)
+        record(case, measure(case, place, n_runs), report)
+    return report.finish()
 
 
 if __name__ == "__main__":

@@ -1,162 +1,176 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What loading costs: seconds and memory for a large Flux-shaped file in a real ComfyUI, and the pack's import.
+"""What loading costs in a real ComfyUI: seconds and memory for large Flux-shaped files, and the pack's import.
 
-    python tests/bench/bench_load.py [--gigabytes 1.5] [--qtype Q4_K]
+    python tests/bench/bench_load.py [--gigabytes 1.5] [--qtype Q4_K] [--tasks full ...] [--save]
 
-Needs a ComfyUI (COMFYUI_PATH, else the one that the demo fetches). Each figure comes from a fresh process; memory is
-the peak resident size of the process (VmHWM, Linux) over what it was just before. The file is random bytes with finite
-scales.
+    import   the pack's own import in a running ComfyUI
+    load     a file of so many gigabytes through the node's function
+    touch    the same, then every page of the quantized weights is read
+    full     a Flux.1-dev (780 tensors, 6.8 GB as Q4_K) through the node's function; the file has holes for data
+    host     what the host alone needs for the same 780 keys and shapes
+
+Each figure is the median of fresh processes, which take turns. "host" is the least that a host can do: its detection,
+its building of the model and its load_state_dict(), over one bfloat16 zero seen everywhere, with layers that hold what
+they are given; its own layers would also fill 24 GB. "added" is full less host. Memory is resident (Linux): the peak
+(VmHWM), and what stays before the first forward (VmRSS), over what it was just before.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests"), str(ROOT)]
+import _paths  # noqa: F401
+import hosted
+import measure
+import torch
+from gguf import GGMLQuantizationType as QType
+from measure import Report, digits
 
-HIDDEN, MLP = 3072, 12288
-DOUBLE = {
-    **{f"{s}_attn.qkv": (3 * HIDDEN, HIDDEN) for s in ("img", "txt")},
-    **{f"{s}_attn.proj": (HIDDEN, HIDDEN) for s in ("img", "txt")},
-    **{f"{s}_mlp.0": (MLP, HIDDEN) for s in ("img", "txt")},
-    **{f"{s}_mlp.2": (HIDDEN, MLP) for s in ("img", "txt")},
-    **{f"{s}_mod.lin": (6 * HIDDEN, HIDDEN) for s in ("img", "txt")},
-}
-SINGLE = {
-    "linear1": (3 * HIDDEN + MLP, HIDDEN),
-    "linear2": (HIDDEN, HIDDEN + MLP),
-    "modulation.lin": (3 * HIDDEN, HIDDEN),
-}
-OUTER = {
-    "img_in": (HIDDEN, 64),
-    "txt_in": (HIDDEN, 4096),
-    "time_in.in_layer": (HIDDEN, 256),
-    "time_in.out_layer": (HIDDEN, HIDDEN),
-    "vector_in.in_layer": (HIDDEN, 768),
-    "vector_in.out_layer": (HIDDEN, HIDDEN),
-    "final_layer.linear": (64, HIDDEN),
-    "final_layer.adaLN_modulation.1": (2 * HIDDEN, HIDDEN),
-}
+from demo.host import get_host, host_version
+
+TASKS = ("import", "load", "touch", "full", "host")
+SPARSE = ("full", "host")
+ROUNDS = 5
 
 
-def flux_shapes(n_blocks: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Flux.1 schnell with so many double and twice as many single blocks."""
-    layers = dict(OUTER)
-    norms: dict[str, tuple[int, ...]] = {}
-    for i in range(n_blocks):
-        layers |= {f"double_blocks.{i}.{name}": shape for name, shape in DOUBLE.items()}
-        for s in ("img", "txt"):
-            norms |= {f"double_blocks.{i}.{s}_attn.norm.{n}_norm.scale": (128,) for n in ("query", "key")}
-    for i in range(2 * n_blocks):
-        layers |= {f"single_blocks.{i}.{name}": shape for name, shape in SINGLE.items()}
-        norms |= {f"single_blocks.{i}.norm.{n}_norm.scale": (128,) for n in ("query", "key")}
-    weights = {f"{name}.weight": shape for name, shape in layers.items()}
-    return weights | {f"{name}.bias": shape[:1] for name, shape in layers.items()} | norms
-
-
-def write_model(path: Path, gigabytes: float, qtype_name: str) -> None:
-    """A file of about this size: block matrices of the type, outer matrices BF16, vectors F32."""
-    import _pack  # noqa: F401
-    import gguf
-    import numpy as np
-    from gguf_kit.layouts import LAYOUTS, n_bytes
-    from quant_data import random_blocks  # blocks with finite scales
-
-    qtype = gguf.GGMLQuantizationType[qtype_name]
-    per_block = sum(n_bytes(qtype, s) for s in DOUBLE.values()) + 2 * sum(n_bytes(qtype, s) for s in SINGLE.values())
-    n_blocks = max(1, round(gigabytes * 1e9 / per_block))
-    writer = gguf.GGUFWriter(path, "flux")
-    for i, (name, shape) in enumerate(flux_shapes(n_blocks).items()):
-        used = qtype if "_blocks." in name else gguf.GGMLQuantizationType.BF16
-        if len(shape) == 1:
-            writer.add_tensor(name, np.zeros(shape, dtype=np.float32))
-            continue
-        layout = LAYOUTS[used]
-        data = random_blocks(layout, shape[0] * shape[-1] // layout.block_size, seed=i)
-        writer.add_tensor(name, data.reshape(shape[0], -1), raw_dtype=used)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def boot_host() -> None:
-    """Import a real ComfyUI for the CPU, and what its own loaders need."""
-    from demo.host import get_host
-
-    sys.path.insert(0, str(get_host()))
-    from comfy.cli_args import args
-
-    args.cpu = True
-    import comfy.sd  # noqa: F401
-
-    import nodes  # noqa: F401
-
-
-def import_pack() -> object:
-    """Import the pack as ComfyUI does: a package named by its path."""
-    spec = importlib.util.spec_from_file_location(str(ROOT), ROOT / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[str(ROOT)] = module
-    spec.loader.exec_module(module)
-    return sys.modules[f"{ROOT}.nodes"]
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process so far, Linux only; ru_maxrss would start at the parent's."""
+def memory_bytes(key: str) -> int:
+    """Resident bytes of this process, Linux only: VmRSS now, VmHWM at most; ru_maxrss would start at the parent's."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(key))
 
 
-def measure(task: str, path: str) -> dict[str, float]:
-    """Run in a process of its own: "import", "load" or "touch" (load, then read every weight)."""
-    boot_host()
-    start = time.perf_counter()
-    pack = import_pack()
+def host_operations() -> type:
+    """The host's layers without weights of their own: each keeps the tensor that it is given."""
+    import comfy.ops
+
+    def holding(base: type) -> type:
+        class Holder(base):
+            def __init__(self, *args: Any, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
+                super().__init__(*args, device="meta", dtype=dtype, **kwargs)
+                self._held = [name for name, value in self._parameters.items() if value is not None]
+                self._parameters.update(dict.fromkeys(self._held))
+
+            def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+                for name in self._held:
+                    self._parameters[name] = torch.nn.Parameter(state_dict[prefix + name], requires_grad=False)
+
+        return Holder
+
+    names = ("Linear", "LayerNorm", "RMSNorm")
+    held = {name: holding(getattr(comfy.ops.manual_cast, name)) for name in names if hasattr(comfy.ops, "manual_cast")}
+    return type("HostOperations", (comfy.ops.manual_cast,), held)
+
+
+def load_host_alone() -> Any:
+    """A Flux.1-dev of the host over weights that take no memory."""
+    import comfy.sd
+    from gguf_kit.service import norm_name
+
+    zero = torch.zeros((), dtype=torch.bfloat16)
+    shapes = hosted.flux_shapes(hosted.N_DOUBLE, hosted.N_SINGLE, guidance=True)
+    state = {name.replace("norm.scale", f"norm.{norm_name()}"): zero.expand(shape) for name, shape in shapes.items()}
+    return comfy.sd.load_diffusion_model_state_dict(state, model_options={"custom_operations": host_operations()})
+
+
+def run_task(task: str, path: str) -> dict[str, float]:
+    """One figure, in a process of its own."""
+    hosted.boot_host()
+    if task == "host":
+        import gguf_kit.service  # noqa: F401
+    pack, seconds = None, 0.0
+    if task != "host":
+        start = time.perf_counter()
+        pack = hosted.import_pack()
+        seconds = time.perf_counter() - start
     if task == "import":
-        return {"seconds": time.perf_counter() - start}
-    before, start = peak_bytes(), time.perf_counter()
-    patcher = pack.load_model(path, pack.OpsOptions())
+        return {"seconds": seconds}
+    peak, resident, start = memory_bytes("VmHWM"), memory_bytes("VmRSS"), time.perf_counter()
+    patcher = load_host_alone() if pack is None else pack.load_model(path, pack.OpsOptions())
     seconds = time.perf_counter() - start
     if task == "touch":
         for module in patcher.model.modules():
             weight = getattr(module, "weight", None)
             if hasattr(weight, "_qdata"):
                 int(weight._qdata.view(-1)[::4096].sum())
-    return {"seconds": seconds, "added": peak_bytes() - before}
+    return {
+        "seconds": seconds,
+        "peak_added_mb": (memory_bytes("VmHWM") - peak) / 1e6,
+        "resident_added_mb": (memory_bytes("VmRSS") - resident) / 1e6,
+        "parameters": sum(1 for _ in patcher.model.diffusion_model.named_parameters()),
+    }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+Result = dict[str, float]
+
+
+def run_process(task: str, path: Path) -> Result:
+    """A task in a fresh process."""
+    command = [sys.executable, __file__, "--measure", task, str(path)]
+    result: Result = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+    return result
+
+
+def medians(results: Sequence[Result]) -> Result:
+    return {key: digits(statistics.median(result[key] for result in results)) for key in results[0]}
+
+
+def differences(full: Sequence[Result], host: Sequence[Result]) -> Result:
+    """What the pack adds to the host, the median of the rounds' differences."""
+    keys = ("seconds", "peak_added_mb", "resident_added_mb")
+    return medians([{key: a[key] - b[key] for key in keys} for a, b in zip(full, host, strict=True)])
+
+
+def write_files(folder: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """Files of the tasks that were asked for: {task: path}."""
+    files = {}
+    if {"load", "touch"} & {*options.tasks}:
+        n_double = hosted.n_blocks_for(options.gigabytes, options.qtype)
+        path = hosted.write_model(folder / "flux-shaped.gguf", options.qtype, hosted.flux_shapes(n_double))
+        files |= {"load": path, "touch": path}
+    if "full" in options.tasks:
+        shapes = hosted.flux_shapes(hosted.N_DOUBLE, hosted.N_SINGLE, guidance=True)
+        hosted.write_sparse_model(folder / "flux-full.gguf", options.qtype, shapes)
+        files["full"] = folder / "flux-full.gguf"
+    return files
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = measure.make_parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.5)
-    parser.add_argument("--qtype", default="Q4_K")
+    parser.add_argument("--qtype", type=measure.parse_qtype, default=QType.Q4_K, metavar="TYPE")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(*args.measure)))
+    options = parser.parse_args(argv)
+    if options.measure:
+        print(json.dumps(run_task(*options.measure)))
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "flux-shaped.gguf"
-        write_model(path, args.gigabytes, args.qtype)
-        size = path.stat().st_size
-        print(f"{args.qtype}, {size / 1e9:.2f} GB")
-        for task in ("import", "load", "touch"):
-            command = [sys.executable, __file__, "--measure", task, str(path)]
-            results = [json.loads(subprocess.check_output(command, text=True).splitlines()[-1]) for _ in range(3)]
-            line = f"{task:7} {sorted(r['seconds'] for r in results)[1]:.3f} s"
-            if "added" in results[0]:
-                added = max(r["added"] for r in results)
-                line += f", peak added resident memory {added / 1e6:.0f} MB ({added / size:.3f} of the file)"
-            print(line)
-    return 0
+    options.tasks = options.tasks or (list(SPARSE) if options.quick else list(TASKS))
+    report, rounds = Report("bench_load", options), 1 if options.quick else ROUNDS
+    results: dict[str, list[Result]] = {task: [] for task in options.tasks}
+    with tempfile.TemporaryDirectory() as name:
+        files = write_files(Path(name), options)
+        sizes = {task: {"gb": digits(file.stat().st_size / 1e9)} for task, file in files.items()}
+        for task in [*options.tasks] * rounds:
+            results[task].append(run_process(task, files.get(task, Path(name))))
+    common = {"qtype": options.qtype.name, "n": rounds, "comfyui": host_version(get_host())}
+    for task, each in results.items():
+        report.add({"name": task, **common, **sizes.get(task, {}), **medians(each)})
+    if {*SPARSE} <= {*results}:
+        full, host = (results[task] for task in SPARSE)
+        if full[0]["parameters"] != host[0]["parameters"]:
+            report.fail({"name": "added", **common}, f"{full[0]['parameters']} of {host[0]['parameters']} parameters")
+        else:
+            report.add({"name": "added", **common, **differences(full, host)})
+    return report.finish()
 
 
 if __name__ == "__main__":

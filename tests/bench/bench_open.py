@@ -9,24 +9,20 @@ its tensors are empty, since opening reads none. gguf-py is timed once: it takes
 
 from __future__ import annotations
 
-import argparse
 import functools
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "tools")]
-
-import _pack  # noqa: E402, F401
-import gguf  # noqa: E402
-import gguf_builder as build  # noqa: E402
-import make_tokenizers  # noqa: E402
-from gguf_kit.gguf_file import GGUFFile  # noqa: E402
-from gguf_kit.models import tokenizers  # noqa: E402
+import _paths  # noqa: F401
+import gguf
+import gguf_builder as build
+import make_tokenizers
+from gguf_kit.gguf_file import GGUFFile
+from gguf_kit.models import tokenizers
+from measure import Report, Timing, digits, make_parser
 
 N_TOKENS = 262_144
 N_MERGES = 514_906
@@ -52,41 +48,41 @@ def rebuild_tokenizer(path: Path, kind: str) -> None:
     tokenizers.build(GGUFFile(path), kind)
 
 
-def measure(action: Callable[[], object], n_runs: int) -> tuple[float, float]:
-    """Return the median and the shortest time in ms."""
+def take_time(action: Callable[[], object], n_runs: int) -> Timing:
+    """Run it so many times in a row."""
     times = []
     for _ in range(n_runs):
         start = time.perf_counter()
         action()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times), min(times)
+        times.append(time.perf_counter() - start)
+    return Timing(tuple(times))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--repeat", type=int, default=9, help="runs of each case but gguf-py's")
     parser.add_argument("--without-gguf-py", action="store_true")
     options = parser.parse_args(argv)
+    report = Report("bench_open", options)
+    n_runs = 1 if options.quick else options.repeat
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text-encoder.gguf"
         write_text_encoder(path)
         cases = [
-            ("GGUFFile: open", lambda: GGUFFile(path), options.repeat),
-            ("GGUFFile: open, decode tokens", lambda: GGUFFile(path).metadata[TOKENS], options.repeat),
-            ("GGUFFile: open, decode all", lambda: dict(GGUFFile(path).metadata), options.repeat),
+            ("GGUFFile: open", lambda: GGUFFile(path), n_runs),
+            ("GGUFFile: open, decode tokens", lambda: GGUFFile(path).metadata[TOKENS], n_runs),
+            ("GGUFFile: open, decode all", lambda: dict(GGUFFile(path).metadata), n_runs),
         ]
         for model, kind in TOKENIZERS:
             large = make_tokenizers.write_large(Path(folder) / f"{model}.gguf", model)
             rebuild = functools.partial(rebuild_tokenizer, large, kind)
-            cases.append((f"open, rebuild tokenizer ({kind})", rebuild, options.repeat))
-        if not options.without_gguf_py:
+            cases.append((f"open, rebuild tokenizer ({kind})", rebuild, n_runs))
+        if not (options.without_gguf_py or options.quick):
             cases.append(("gguf.GGUFReader: open", lambda: gguf.GGUFReader(path), 1))
-        print(f"{path.stat().st_size / 1e6:.1f} MB, {N_LAYERS * TENSORS_PER_LAYER} tensors")
-        print(f"{'case':32} {'median ms':>10} {'best ms':>10} {'n':>3}")
-        for label, action, n_runs in cases:
-            median, best = measure(action, n_runs)
-            print(f"{label:32} {median:10.1f} {best:10.1f} {n_runs:3}")
-    return 0
+        size = {"mb": digits(path.stat().st_size / 1e6), "tensors": N_LAYERS * TENSORS_PER_LAYER}
+        for label, action, n in cases:
+            report.add({"name": label, **size, **take_time(action, n).describe()})
+    return report.finish()
 
 
 if __name__ == "__main__":

@@ -20,9 +20,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench_load import boot_host, import_pack
+import _paths  # noqa: F401
+import weights
+from gguf import GGMLQuantizationType as QType
+from hosted import boot_host, import_pack
+from measure import Report, digits, make_parser, parse_qtype
+
+from demo.host import get_host, host_version
 
 D_MODEL, D_FF, N_BLOCKS, N_HEADS, VOCABULARY = 4096, 10240, 24, 64, 32128
 N_TOKENS = 256
@@ -35,16 +42,11 @@ MATRICES = {
 }
 
 
-def write_t5(path: Path, qtype_name: str) -> None:
+def write_t5(path: Path, qtype: QType) -> None:
     """An encoder of real size: matrices of the type, the embedding too, vectors F32."""
-    import _pack  # noqa: F401
     import gguf
     import numpy as np
-    from gguf_kit.layouts import LAYOUTS
-    from quant_data import random_blocks
 
-    qtype = gguf.GGMLQuantizationType[qtype_name]
-    layout = LAYOUTS[qtype]
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (VOCABULARY, D_MODEL), "enc.output_norm": (D_MODEL,)}
     for i in range(N_BLOCKS):
         shapes |= {f"enc.blk.{i}.{name}": shape for name, shape in MATRICES.items()}
@@ -55,8 +57,7 @@ def write_t5(path: Path, qtype_name: str) -> None:
         if len(shape) == 1:
             writer.add_tensor(f"{name}.weight", np.ones(shape, dtype=np.float32))
             continue
-        data = random_blocks(layout, shape[0] * shape[1] // layout.block_size, seed=i)
-        writer.add_tensor(f"{name}.weight", data.reshape(shape[0], -1), raw_dtype=qtype)
+        writer.add_tensor(f"{name}.weight", weights.make_bytes(qtype, shape, seed=i).numpy(), raw_dtype=qtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -65,7 +66,6 @@ def write_t5(path: Path, qtype_name: str) -> None:
 
 def write_dense(path: Path) -> None:
     """The same weights as float16 safetensors."""
-    import _pack  # noqa: F401
     import torch
     from gguf_kit.loader import load_text_encoder
     from safetensors.torch import save_file
@@ -127,7 +127,8 @@ def measure(task: str, path: str, n_threads: int) -> dict[str, float]:
             seconds.append(time.perf_counter() - start)
     if n_tokens != N_TOKENS:
         raise SystemExit(f"the prompt has {n_tokens} tokens, expected {N_TOKENS}")
-    return {"load": loaded, "first": seconds[0], "next": seconds[1]} | memory.added()
+    peaks = {f"{kind}_gb": n / 1e9 for kind, n in memory.added().items()}
+    return {"load": loaded, "first": seconds[0], "next": seconds[1]} | peaks
 
 
 def roofline(n_threads: int) -> float:
@@ -145,12 +146,11 @@ def roofline(n_threads: int) -> float:
     return sorted(seconds)[2] * n_weights / weight.numel()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--qtype", default="Q3_K")
-    parser.add_argument("--threads", type=int, default=2)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("--qtype", type=parse_qtype, default=QType.Q3_K, metavar="TYPE")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.measure:
         task, path = args.measure
         if task == "write":
@@ -158,20 +158,21 @@ def main() -> int:
         else:
             print(json.dumps(measure(task, path, args.threads)))
         return 0
+    if args.quick:
+        parser.error("a T5-XXL cannot be quick")
+    report = Report("bench_text_encoder", args)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "t5-xxl.gguf"
         write_t5(path, args.qtype)
         subprocess.check_call([sys.executable, __file__, "--measure", "write", str(path)])
-        print(f"T5-XXL, {args.qtype}, {path.stat().st_size / 1e9:.2f} GB, {args.threads} threads")
+        common = {"qtype": args.qtype.name, "file_gb": digits(path.stat().st_size / 1e9)}
+        common["comfyui"] = host_version(get_host())
         for task in ("quantized", "dequantized"):
             command = [sys.executable, __file__, "--threads", str(args.threads), "--measure", task, str(path)]
-            r = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
-            print(
-                f"{task:12} load {r['load']:6.2f} s, first prompt {r['first']:6.2f} s, next {r['next']:6.2f} s, "
-                f"peak memory {r['resident'] / 1e9:5.2f} GB, {r['anonymous'] / 1e9:5.2f} GB of it not the mapped file"
-            )
-        print(f"{'roofline':12} {roofline(args.threads):.2f} s for the matrix products alone, in float32")
-    return 0
+            result = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+            report.add({"name": task, **common, **{key: digits(value) for key, value in result.items()}})
+        report.add({"name": "roofline", **common, "next": digits(roofline(args.threads))})
+    return report.finish()
 
 
 if __name__ == "__main__":
