@@ -88,8 +88,8 @@ def dequantize(
 ) -> Tensor:
     """Dequantize a tensor: exact in float32, rounded once to `dtype`.
 
-    Beside the result the torch backends hold temporaries: up to 7 MB on a CPU, measured, and 56 MB elsewhere. torch-cpu 1.5 MB
-    a thread.
+    Beside the result the torch backends hold temporaries: up to 7 MB on a CPU, measured, and 56 MB elsewhere. On a CPU
+    the memory of a large result is used again for the next of its size, once nobody has it.
 
     Args:
         data: uint8, the tensor's bytes in any shape, alignment and device.
@@ -103,7 +103,7 @@ def dequantize(
         UnsupportedQtype: no dequantizer for the qtype.
         GGUFError: data does not fit qtype and shape, or a named backend is unknown, cannot take the tensor or is wrong.
     """
-    if torch.compiler.is_compiling() or type(data) is not Tensor:
+    if not is_direct(data):
         weights: Tensor = torch.ops.gguf_kit.dequantize(data, qtype, shape, dtype, backend or "")
         return weights
     return _dequantize(data, qtype, shape, dtype, backend)
@@ -130,17 +130,35 @@ def dequantize_into(data: Tensor, qtype: GGMLQuantizationType, out: Tensor, *, b
         data, qtype, backend: as for dequantize().
         out: contiguous, of the shape and dtype of the weights, on data's device.
     Raises:
-        GGUFError: out is not contiguous; otherwise as dequantize().
+        GGUFError: out is not contiguous, or elsewhere, or wants gradients; otherwise as dequantize().
     """
     layout = _check_data(data, qtype, out.shape)
-    if not out.is_contiguous():
+    if not out.is_contiguous() or out.device != data.device or out.requires_grad:
         raise GGUFError(
-            f"out has strides {out.stride()}, which are not those of contiguous memory",
+            f"out is on {out.device} with strides {out.stride()}, expected contiguous memory on {data.device} "
+            "without gradients",
             hint="Dequantize into a tensor of its own and copy it.",
         )
+    if not is_direct(data, out):
+        out.copy_(dequantize(data, qtype, out.shape, out.dtype, backend=backend))
+        return
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # as torch's own functions do that write
     blocks = data.reshape(-1, layout.type_size)  # (n_blocks, type_size)
     name = _choose_tested(blocks, layout, out.dtype, backend)
     BACKENDS[name].dequantize_into(blocks, layout, out.view(-1, layout.block_size))
+
+
+def is_direct(*tensors: Tensor) -> bool:
+    """Whether these are tensors with memory, and nobody follows what is done to them: no compiler, mode or transform.
+
+    Otherwise everything has to go through operators that such followers know.
+    """
+    if torch.compiler.is_compiling() or not all(type(tensor) is Tensor for tensor in tensors):
+        return False
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", int)()
+    transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)()
+    return not modes and transform is None
 
 
 def _dequantize(
@@ -148,7 +166,7 @@ def _dequantize(
 ) -> Tensor:
     layout = _check_data(data, qtype, shape)
     blocks = data.reshape(-1, layout.type_size)  # (n_blocks, type_size)
-    out = fresh_memory.empty(blocks.shape[0], layout.block_size, dtype, data.device)
+    out = fresh_memory.empty((blocks.shape[0], layout.block_size), dtype, data.device)
     BACKENDS[_choose_tested(blocks, layout, dtype, backend)].dequantize_into(blocks, layout, out)
     return out.reshape(shape)
 
@@ -222,7 +240,7 @@ def _find_fault(name: str, blocks: Tensor, layout: Layout, dtype: torch.dtype) -
     """Why a backend that is available is not to be used for such blocks, or "". Tests it when it is new to them."""
     if name == _reference_name():
         return ""
-    aligned = blocks.data_ptr() % self_test.ALIGNMENT == 0
+    aligned = blocks.device.type == "cpu" or blocks.data_ptr() % self_test.ALIGNMENT == 0
     key = name, blocks.device, layout.qtype, dtype, aligned
     fault = _faults.get(key)
     if fault is not None:

@@ -111,8 +111,8 @@ class UnetLoaderGGUFAdvanced(UnetLoaderGGUF):
                 "BOOLEAN",
                 {
                     "default": False,
-                    "tooltip": "Keep plain LoRAs in GPU memory between steps instead of copying them at each step. "
-                    "Faster; costs their size, which ComfyUI does not count.",
+                    "tooltip": "Keep all plain LoRAs in GPU memory between steps. Without it they are kept in up to a "
+                    "sixteenth of the GPU's memory, and the rest is copied at each step.",
                 },
             ),
         }

@@ -49,7 +49,19 @@ TOOLS = [
 # zig is one of the compilers that builds are tested with.
 WITHOUT_DEPENDENCIES = ["torchaudio==2.11.0", "libggml-python==0.20.2.post1", "ziglang==0.17.1"]
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")}
-TYPED = ["errors", "layouts", "gguf_file", "dequant", "kernels", "models", "loader", "quantize", "tools", "demo"]
+TYPED = [
+    "errors",
+    "layouts",
+    "mapped_file",
+    "gguf_file",
+    "dequant",
+    "kernels",
+    "models",
+    "loader",
+    "quantize",
+    "tools",
+    "demo",
+]
 
 
 def find_uv() -> str | None:

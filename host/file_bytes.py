@@ -110,7 +110,8 @@ def unpin(value: torch.Tensor) -> torch.Tensor:
     """The parameter to take the place of one that pin() gave."""
     home: torch.Tensor | None = getattr(value, _HOME, None)
     unpinned = comfy.model_management.unpin_memory(_raw(value))
-    return home if unpinned and home is not None and home.device == value.device else value
+    same = home is not None and (home.device, home.dtype) == (value.device, value.dtype)
+    return home if unpinned and home is not None and same else value
 
 
 def own_copy(value: torch.Tensor) -> torch.Tensor:
@@ -151,11 +152,13 @@ def _parameters(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, 
 
 
 def _replace(model: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    for module, name, value in _parameters(model):
+    replaced: dict[int, torch.Tensor] = {}  # modules may share a parameter
+    for module, name, value in [*_parameters(model)]:
         raw = _raw(value)
-        changed = change(raw)
-        if changed is not raw:
-            module._parameters[name] = _parameter(value, changed)  # type: ignore[assignment]
+        if id(value) not in replaced:
+            changed = change(raw)
+            replaced[id(value)] = value if changed is raw else _parameter(value, changed)
+        module._parameters[name] = replaced[id(value)]  # type: ignore[assignment]
 
 
 def _may_copy(n_bytes: int) -> bool:
@@ -164,6 +167,7 @@ def _may_copy(n_bytes: int) -> bool:
     limit = getattr(host, "MAX_PINNED_MEMORY", 0)
     if limit <= 0:
         return False
-    make_room = getattr(host, "ensure_pin_registerable", None)
-    fits = make_room(n_bytes) if make_room is not None else host.TOTAL_PINNED_MEMORY + n_bytes <= limit
-    return bool(fits) and host.get_free_memory(torch.device("cpu")) - n_bytes >= RAM_HEADROOM
+    if host.get_free_memory(torch.device("cpu")) - n_bytes < RAM_HEADROOM:
+        return False
+    make_room = getattr(host, "ensure_pin_registerable", None)  # it may unpin what others have
+    return bool(make_room(n_bytes) if make_room is not None else host.TOTAL_PINNED_MEMORY + n_bytes <= limit)

@@ -146,19 +146,25 @@ class ExpectedFactors:
     def __init__(self, patcher: Any, keep_all: bool) -> None:
         self._n_weights: weakref.WeakKeyDictionary[Any, tuple[Any, int]] = weakref.WeakKeyDictionary()
         self._keep_all = keep_all
+        self._n_made = 0
         self.add(patcher)
 
     def add(self, patcher: Any) -> None:
         """Count with a patcher, or a clone of one, for as long as it lives."""
         self._n_weights[patcher] = None, 0
 
+    def made(self, patcher: Any) -> None:
+        """Whose factors are there now, as far as there is room; None: nobody's."""
+        self._n_made = 0 if patcher is None or patcher not in self._n_weights else self._count(patcher)
+
     def pending(self, model: Any, dtype: torch.dtype) -> int:
         """Bytes of factors in a compute dtype that are not made yet."""
-        patchers = [p for p in [*self._n_weights] if p.model is model and self._count(p)]
+        patchers = [p for p in [*self._n_weights] if p.model is model and self._count(p) > self._n_made]
         if not patchers:
             return 0
-        n_bytes, device = max(map(self._count, patchers)) * dtype.itemsize, patchers[0].load_device
-        return max(0, (n_bytes if self._keep_all else min(n_bytes, budget_bytes(device))) - BUDGET.used(device))
+        n_weights, device = max(map(self._count, patchers)) - self._n_made, patchers[0].load_device
+        n_bytes = n_weights * dtype.itemsize
+        return n_bytes if self._keep_all else min(n_bytes, max(0, budget_bytes(device) - BUDGET.used(device)))
 
     def _count(self, patcher: Any) -> int:
         """Weights of all LoRAs of a patcher, counted once for a patch set."""

@@ -191,6 +191,7 @@ class QuantizedLayer(PatchableWeight):
         weight = comfy.float.stochastic_rounding(weight, dtype, seed=seed or 0)
         if return_weight:
             return weight
+        self.drop_kept()
         # After an update "in place" the host keeps its tensor, and later writes other values into the parameter.
         own = weight.clone() if inplace_update else weight
         self._parameters["weight"] = torch.nn.Parameter(own, requires_grad=False)

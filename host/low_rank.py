@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
@@ -116,7 +117,8 @@ def join_pairs(pairs: Sequence[Pair], device: torch.device, dtype: torch.dtype) 
 
 def _moved(factor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """A factor as a matrix on `device`; it travels in the type that it has, which is the smaller one as a rule."""
-    return factor.flatten(1).to(device=device, non_blocking=True).to(dtype)
+    non_blocking = comfy.model_management.device_supports_non_blocking(device)
+    return factor.flatten(1).to(device=device, non_blocking=non_blocking).to(dtype)
 
 
 def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ wants a second copy.
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Callable
@@ -27,8 +28,10 @@ from .kept_weights import KeptWeights
 from .lora import PatchRef, is_patch
 from .native import mark_scaled_fp8
 from .plain import make_plain
+from .product import release_buffers
 
 _CALLBACK_KEY = "gguf_kit"
+log = logging.getLogger("gguf_kit")
 
 
 def quantized_module(model: torch.nn.Module, key: str) -> Any:
@@ -59,8 +62,13 @@ class GGUFPatcher(comfy.model_patcher.ModelPatcher):
         return module.weight
 
     def model_size(self) -> int:
-        """Bytes of the model and of what it will keep dequantized, which the host makes room for alike."""
-        return super().model_size() + _kept_plan(self.model)
+        """Bytes of the model and of what it keeps dequantized, or will: the host makes room for both alike."""
+        loaded = self.model.model_loaded_weight_memory > 0 and not self.model.model_lowvram
+        return self.bytes_size() + (_kept(self.model).size() if loaded else _kept_plan(self.model))
+
+    def bytes_size(self) -> int:
+        """Bytes of the model alone."""
+        return super().model_size()
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
@@ -126,7 +134,7 @@ class GGUFPatcher(comfy.model_patcher.ModelPatcher):
             super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
             return
         module._hook_patch = PatchRef(key, combined_patches)
-        module.prepare_patches(self.load_device, compute_dtype(self.model))
+        _prepare_module(self, module, self.load_device)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
             self.cached_hook_patches.setdefault(hooks, {})[key] = (module._hook_patch, None)
 
@@ -172,6 +180,7 @@ def adopt(patcher: Any, reload: tuple[Callable[..., Any], tuple[Any, ...]], keep
     patcher.model._gguf_kept = KeptWeights(patcher.model, keep_bytes)
     _convert(patcher)
     expected = ExpectedFactors(patcher, any(m.options.patch_on_device for _, m in quantized_modules(patcher.model)))
+    patcher.model._gguf_expected = expected
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, _convert_clone)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, lambda _, clone: expected.add(clone))
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY, _prepare_patches)
@@ -179,6 +188,7 @@ def adopt(patcher: Any, reload: tuple[Callable[..., Any], tuple[Any, ...]], keep
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY, _release_pages)
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _CALLBACK_KEY, _drop_factors)
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _CALLBACK_KEY, _drop_kept)
+    patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, _CALLBACK_KEY, _drop_kept_of_dynamic)
     _reserve_memory(patcher.model, not isinstance(patcher, GGUFPatcher), expected)
     _save_lazily(patcher.model)
     mark_scaled_fp8(patcher.model)
@@ -197,17 +207,23 @@ def _convert(patcher: Any) -> None:
 
 def _prepare_patches(patcher: Any, device_to: Any, *others: Any) -> None:
     """After a load: make the factors of LoRAs now. Steps may run in a compiled or captured graph, which makes none."""
-    if device_to is None or not hasattr(patcher.model, "get_dtype"):  # text encoders do not say what they compute in
-        return
     for _, module in quantized_modules(patcher.model):
-        module.prepare_patches(device_to, compute_dtype(patcher.model))
+        _prepare_module(patcher, module, device_to)
+    patcher.model._gguf_expected.made(patcher)
+
+
+def _prepare_module(patcher: Any, module: Any, device: Any) -> None:
+    if device is not None and hasattr(patcher.model, "get_dtype"):  # text encoders do not say what they compute in
+        module.prepare_patches(device, compute_dtype(patcher.model))
 
 
 def _drop_factors(patcher: Any, unpatch_all: bool = True) -> None:
     """Free the factors of LoRAs when a model leaves its device; a clone that takes its place may have the same ones."""
-    for _, module in quantized_modules(patcher.model) if unpatch_all else ():
-        drop_factors(module.base_patch())
-        drop_factors(module._hook_patch)
+    if unpatch_all:
+        patcher.model._gguf_expected.made(None)
+        for _, module in quantized_modules(patcher.model):
+            drop_factors(module.base_patch())
+            drop_factors(module._hook_patch)
 
 
 def _release_pages(patcher: Any, device_to: Any, *others: Any) -> None:
@@ -231,24 +247,38 @@ def _keep_weights(patcher: Any, device_to: Any, usable: float, force_patch_weigh
     Args:
         usable: bytes that the host gave a model that is not fully loaded.
     """
-    model, kept = patcher.model, _kept(patcher.model)
-    if not isinstance(patcher, GGUFPatcher):  # dynamic VRAM: it loads bytes as they are used
-        unloaded = max(0, patcher.model_size() - patcher.loaded_size())
-        free = comfy.model_management.get_free_memory(device_to) + kept.size()
-        room = free - unloaded - comfy.model_management.minimum_inference_memory()
-    elif full_load:
-        room = math.inf
-    else:
-        room = 0 if model.model_lowvram else usable - model.model_loaded_weight_memory
-    kept.fill(device_to, compute_dtype(model), room)
-    if isinstance(patcher, GGUFPatcher) and not full_load:  # else the host has counted all of model_size()
-        model.model_loaded_weight_memory += kept.size()
+    model, kept, host = patcher.model, _kept(patcher.model), comfy.model_management
+    if not kept.budget:
+        return
+    room = host.get_free_memory(device_to) + kept.size() - host.minimum_inference_memory()
+    is_classic = isinstance(patcher, GGUFPatcher)
+    if not is_classic:  # dynamic VRAM: it loads bytes as they are used
+        room -= max(0, patcher.model_size() - patcher.loaded_size())
+    elif model.model_lowvram:
+        room = 0
+    elif not full_load:
+        room = min(room, usable - model.model_loaded_weight_memory)
+    try:
+        kept.fill(device_to, compute_dtype(model), room)
+    except host.OOM_EXCEPTION:
+        kept.release(math.inf)
+        log.warning("No memory to keep weights dequantized on %s: they are dequantized as they are used.", device_to)
+    if is_classic and not model.model_lowvram:
+        loaded = patcher.bytes_size() if full_load else model.model_loaded_weight_memory
+        model.model_loaded_weight_memory = loaded + kept.size()
+
+
+def _drop_kept_of_dynamic(patcher: Any) -> None:
+    """After a run: a dynamic patcher has no other moment to give kept weights back. The next load makes them again."""
+    if not isinstance(patcher, GGUFPatcher):
+        _kept(patcher.model).release(math.inf)
 
 
 def _drop_kept(patcher: Any, unpatch_all: bool = True) -> None:
-    """Free kept weights, unless a clone goes on with them."""
+    """Free kept weights, unless a clone goes on with them, and the memory that is held for dequantizing on a CPU."""
     if unpatch_all:
         _kept(patcher.model).release(math.inf)
+        release_buffers()
 
 
 def _reserve_memory(model: Any, is_dynamic: bool, expected: ExpectedFactors) -> None:

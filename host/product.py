@@ -15,7 +15,8 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from .. import layouts
-from ..dequant import dequantize_into, dequantize_rows
+from ..dequant import dequantize_into, dequantize_rows, is_direct
+from ..kernels import fresh_memory
 
 # Of a dequantized weight at a time; larger than any layer but those of vocabularies, for parts are slower: measured on
 # a CPU with 512 tokens, 1.06 to 1.11 of the dense product in one part, 1.2 in parts of 32 MB, 1.5 to 1.7 in parts of 8.
@@ -41,14 +42,14 @@ def multiply_rows(
         rows: uint8 (out, bytes per row), the weight's, on x's device.
         bias: (out,) in x's dtype, or None.
         dtype: that the weight is dequantized to before it is cast to x's.
-        change: (some rows of the weight, index of the first) -> those rows as they are to be used, in `dtype`; it may
-            write to the ones it gets.
+        change: (some rows of the weight, index of the first) -> those rows as they are to be used; it may write to the
+            ones it gets.
     Returns:
         (..., out) in x's dtype.
     """
     n_out, n_in = layouts.weight_shape(qtype, rows.shape)
-    buffered = x.device.type == "cpu" and _is_plain(x)
-    n_rows = max(1, SLICE_BYTES // (n_in * dtype.itemsize))
+    buffered = x.device.type == "cpu" and _is_overwritable(x, bias)
+    n_rows = max(1, SLICE_BYTES // max(1, n_in * dtype.itemsize))
 
     def weight_of(part: slice) -> torch.Tensor:
         if buffered:
@@ -74,10 +75,16 @@ def multiply_rows(
     return y.view(*x.shape[:-1], n_out)
 
 
-def _is_plain(x: torch.Tensor) -> bool:
-    """Whether the product is computed now and needs no gradient, so that its weight may be overwritten afterwards."""
-    graded = torch.is_grad_enabled() and x.requires_grad
-    return type(x) is torch.Tensor and not graded and not torch.compiler.is_compiling()
+def _is_overwritable(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a product is computed now and needs no gradient, so that its weight may be overwritten afterwards."""
+    graded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return not graded and is_direct(x)
+
+
+def release_buffers() -> None:
+    """Let go the memory that this thread, and dequantize(), hold for later weights."""
+    _buffers.bytes = None
+    fresh_memory.release()
 
 
 def _buffer(n_weights: int, dtype: torch.dtype) -> torch.Tensor:
@@ -85,6 +92,7 @@ def _buffer(n_weights: int, dtype: torch.dtype) -> torch.Tensor:
     held: torch.Tensor | None = getattr(_buffers, "bytes", None)
     n_bytes = n_weights * dtype.itemsize
     if held is None or held.numel() < n_bytes:
+        held = _buffers.bytes = None  # before there is another
         with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
             held = _buffers.bytes = torch.empty(n_bytes, dtype=torch.uint8)
     return held[:n_bytes].view(dtype)

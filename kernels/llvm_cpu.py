@@ -12,8 +12,6 @@ import ctypes
 import functools
 import importlib.metadata
 import os
-import platform
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +23,17 @@ from torch import Tensor
 from ..layouts import CodeBook, Layout
 from .iq_grids import device_table
 from .llvm_ir import books, in_bytes, kernel_name, kernel_text
+from .self_test import FAILURES
+from .torch_reference import convert_floats
 
 OUTPUTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 OLDEST_LLVMLITE = (0, 45)
+NOT_INSTALLED = "llvmlite is not installed"
 # Fewer weights than this are not worth a second thread: about 10 microseconds of work.
 THREAD_WEIGHTS = 1 << 15
+MAX_THREADS = os.cpu_count() or 1
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _kernels: dict[tuple[str, str], _Kernel] = {}
 _byte_tables: dict[CodeBook, Tensor] = {}
 
@@ -52,8 +54,6 @@ def unavailable(layout: Layout, device: torch.device) -> str:
     """Why this backend cannot take such a tensor, or ""."""
     if device.type != "cpu":
         return "it computes on a CPU"
-    if layout.quants is None:
-        return "torch reads such numbers itself"
     return _machine_lacks()
 
 
@@ -62,15 +62,12 @@ def _machine_lacks() -> str:
     """What this machine lacks for all kernels, or ""."""
     try:
         version = importlib.metadata.version("llvmlite")
-    except importlib.metadata.PackageNotFoundError:
-        return "llvmlite is not installed"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_LLVMLITE:
-        return f"llvmlite is {version}, and {'.'.join(map(str, OLDEST_LLVMLITE))} is needed"
-    if sys.byteorder != "little":
-        return "it reads little-endian numbers"
-    try:
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_LLVMLITE:
+            return f"llvmlite is {version}, and {'.'.join(map(str, OLDEST_LLVMLITE))} is needed"
         return _target().lacks
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # an llvmlite too old, or without its library
+    except importlib.metadata.PackageNotFoundError:
+        return NOT_INSTALLED
+    except FAILURES as error:  # broken, or the system does not let a process make machine code
         return f"llvmlite cannot be used: {error}"
 
 
@@ -92,20 +89,26 @@ class _Target(NamedTuple):
     lacks: str
 
 
-@functools.cache
 def _target() -> _Target:
+    with _lock:  # one engine: kernels are gone with theirs
+        return _make_target()
+
+
+@functools.cache
+def _make_target() -> _Target:
     import llvmlite.binding as binding
 
+    binding.check_jit_execution()
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     features = binding.get_host_cpu_features()
     architecture = binding.get_default_triple().split("-")[0]
     architecture = {"arm64": "aarch64", "amd64": "x86_64"}.get(architecture, architecture)
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     target = binding.Target.from_default_triple()
     machine = target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3)
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
-    lacks = "the CPU has no instructions for float16 (F16C)" if is_x86 and not features.get("f16c") else ""
+    half = features.get("f16c", False) if architecture == "x86_64" else architecture == "aarch64"
+    lacks = "" if half else f"this CPU ({architecture}) has no instructions for float16"
     return _Target(binding, machine, engine, architecture, lacks)
 
 
@@ -117,15 +120,18 @@ def dequantize_into(blocks: Tensor, layout: Layout, out: Tensor) -> None:
         layout: a row for which unavailable() has nothing to say.
         out: (n_blocks, layout.block_size), contiguous; each weight is rounded once to its dtype.
     """
+    if layout.quants is None:
+        convert_floats(blocks, layout, out)
+        return
     if out.dtype not in OUTPUTS:
-        exact = torch.empty(out.shape)
+        exact = torch.empty(out.shape, dtype=torch.float32, device="cpu")
         dequantize_into(blocks, layout, exact)
         out.copy_(exact)
         return
     kernel = _kernel(layout, OUTPUTS[out.dtype])
     blocks = blocks.contiguous()
     n_blocks = blocks.shape[0]
-    n_threads = max(1, min(torch.get_num_threads(), n_blocks * layout.block_size // THREAD_WEIGHTS))
+    n_threads = max(1, min(torch.get_num_threads(), MAX_THREADS, n_blocks * layout.block_size // THREAD_WEIGHTS))
     per_thread = max(1, -(-n_blocks // n_threads))
     tables = [table.data_ptr() for table in kernel.tables]
 
@@ -134,17 +140,27 @@ def dequantize_into(blocks: Tensor, layout: Layout, out: Tensor) -> None:
         target = out.data_ptr() + start * layout.block_size * out.element_size()
         kernel.run(source, target, min(per_thread, n_blocks - start), *tables)
 
-    others = [_pool(os.getpid()).submit(run, start) for start in range(per_thread, n_blocks, per_thread)]
-    if n_blocks:
-        run(0)
-    for other in others:
-        other.result()
+    others = [_start(run, start) for start in range(per_thread, n_blocks, per_thread)]
+    try:
+        if n_blocks:
+            run(0)
+    finally:
+        for wait in others:
+            wait()
+
+
+def _start(run: Callable[[int], None], start: int) -> Callable[[], None]:
+    """Run a share on another thread; what is returned waits for its end. While the process ends, it runs here."""
+    try:
+        return _pool(os.getpid()).submit(run, start).result
+    except RuntimeError:
+        return functools.partial(run, start)
 
 
 @functools.cache
 def _pool(process: int) -> ThreadPoolExecutor:
     """Threads of a process; those of a forked one's parent do not run in it."""
-    return ThreadPoolExecutor(thread_name_prefix="gguf-kit-dequantize")
+    return ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="gguf-kit-dequantize")
 
 
 def _kernel(layout: Layout, output: str) -> _Kernel:

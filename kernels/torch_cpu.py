@@ -8,31 +8,28 @@ quants are packed, else unavailable() says that it does not.
 
 Three sizes of work. A group of blocks has its scales made at once, a piece its quants unpacked, and a step becomes
 floats at once. An operation has to be long enough that torch's threads share it and its fixed cost is lost in it, and
-short enough that a step stays in the caches. Threads of Python's own were tried: they spend what they gain on waiting
-for the interpreter.
+short enough that a step stays in the caches. Threads of Python's own would wait for the interpreter between operations.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..layouts import Code, Layout
-from .torch_reference import read_numbers
+from .torch_reference import convert_floats, read_numbers
+from .torch_reference import dequantize_into as dequantize_reference
 from .torch_unpack import Filler, Integers, can_fill, constant, make_fillers
 
 # Elements of an operation: 2 MB of floats.
 STEP_WEIGHTS = 1 << 19
 GROUP_WEIGHTS = 1 << 22
-
-_FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
-    {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-)
+# Of fewer weights the reference makes no more operations.
+SMALL_WEIGHTS = 1 << 17
 
 
 def unavailable(layout: Layout, device: torch.device) -> str:
@@ -84,10 +81,11 @@ def dequantize_into(blocks: Tensor, layout: Layout, out: Tensor) -> None:
         layout: a row for which unavailable() has nothing to say.
         out: (n_blocks, layout.block_size), contiguous; each weight is rounded once to its dtype, from float32.
     """
-    if not blocks.shape[0]:
-        return
     if layout.quants is None:
-        _convert(blocks, layout, out)
+        convert_floats(blocks, layout, out)
+        return
+    if out.numel() < SMALL_WEIGHTS:
+        dequantize_reference(blocks, layout, out)
         return
     sizes = _choose_sizes(layout, blocks.shape[0])
     workers: dict[int, _Worker] = {}  # by number of blocks: of full groups, and of the last
@@ -95,16 +93,6 @@ def dequantize_into(blocks: Tensor, layout: Layout, out: Tensor) -> None:
         if group.shape[0] not in workers:
             workers[group.shape[0]] = _Worker(layout, sizes, group.shape[0], out.dtype)
         workers[group.shape[0]].dequantize(group, place)
-
-
-def _convert(blocks: Tensor, layout: Layout, out: Tensor) -> None:
-    """Weights that are floats as they lie: torch converts them as they are where it can, else aligned copies."""
-    dtype = _FLOATS[layout.fields[0].element]
-    if blocks.is_contiguous() and not (blocks.data_ptr() | blocks.storage_offset()) % dtype.itemsize:
-        out.copy_(blocks.view(dtype))
-        return
-    for piece, place in zip(torch.split(blocks, GROUP_WEIGHTS), torch.split(out, GROUP_WEIGHTS), strict=True):
-        place.copy_(piece.clone(memory_format=torch.contiguous_format).view(dtype))
 
 
 class _Term:
@@ -151,7 +139,7 @@ class _Unpacker:
         self._steps: list[tuple[Tensor, ...]] = []  # of the quants; of the signs
         for code in layout.quants, layout.signs:
             if code is not None:
-                numbers = torch.empty(n_blocks, layout.block_size, dtype=torch.int8)
+                numbers = torch.empty(n_blocks, layout.block_size, dtype=torch.int8, device="cpu")
                 as_factors = code is layout.signs
                 self._fillers += make_fillers(layout, code, numbers, as_factors)
                 self._steps.append(torch.split(numbers.view(-1, width), STEP_WEIGHTS // width))
@@ -180,7 +168,11 @@ class _Worker:
         self._unpackers: dict[int, _Unpacker] = {}  # by number of blocks: of full pieces, and of the last
         self._layout = layout
         # Where steps compute, unless they can do it in the result.
-        self._scratch = None if dtype == torch.float32 else torch.empty(min(sizes.step, n_blocks), layout.block_size)
+        self._scratch = (
+            None
+            if dtype == torch.float32
+            else torch.empty(min(sizes.step, n_blocks), layout.block_size, dtype=torch.float32, device="cpu")
+        )
 
     def dequantize(self, blocks: Tensor, out: Tensor) -> None:
         """Dequantize uint8 (n_blocks, type_size) into (n_blocks, block_size)."""

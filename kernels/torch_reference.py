@@ -62,6 +62,17 @@ def dequantize_into(blocks: Tensor, layout: Layout, out: Tensor) -> None:
         out_chunk.copy_(dequantize_blocks(chunk, layout))
 
 
+def convert_floats(blocks: Tensor, layout: Layout, out: Tensor) -> None:
+    """A row without quants, whose weights are floats as they lie: torch converts them at once; otherwise as above."""
+    dtype = _TORCH_DTYPES[layout.fields[0].element]
+    if not out.numel():
+        return
+    blocks = blocks.contiguous()
+    if (blocks.data_ptr() | blocks.storage_offset()) % dtype.itemsize:
+        blocks = blocks.clone()
+    out.copy_(blocks.view(dtype))
+
+
 def dequantize_blocks(blocks: Tensor, layout: Layout) -> Tensor:
     """Dequantize: w = d*scales * (quants + delta) * signs - dmin*mins + m, as far as the row has them.
 

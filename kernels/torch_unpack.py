@@ -58,7 +58,7 @@ class Integers:
 
     def __init__(self, layout: Layout, code: Code, n_blocks: int) -> None:
         dtype = torch.int8 if _is_bytes(layout, code) else torch.int32
-        self.codes = torch.empty(n_blocks, layout.n_codes(code), dtype=dtype)
+        self.codes = torch.empty(n_blocks, layout.n_codes(code), dtype=dtype, device=_CPU)
         self._signed = any(layout.word(plane) == "i8" for plane in code.planes())
         self._code = code
         make = make_fillers if dtype == torch.int8 else _make_word_fillers
@@ -100,7 +100,7 @@ def make_fillers(layout: Layout, code: Code, numbers: Tensor, as_factors: bool =
         target = numbers[:, first : first + n_codes]
         fillers.append(_make_filler(layout, part[0], target, code.book, mul_add))
         for plane in part[1:]:
-            bits = torch.empty(numbers.shape[0], n_codes, dtype=torch.int8)
+            bits = torch.empty(numbers.shape[0], n_codes, dtype=torch.int8, device=_CPU)
             fillers += [_make_filler(layout, plane, bits), _Or(bits, target)]
         first += n_codes
     return fillers
@@ -129,7 +129,7 @@ def _make_word_fillers(layout: Layout, code: Code, codes: Tensor) -> list[Filler
     for i, plane in enumerate(planes):
         target = torch.empty_like(codes) if i else codes
         if layout.word(plane) in ("u8", "i8"):
-            octets = torch.empty(codes.shape, dtype=torch.int8)
+            octets = torch.empty(codes.shape, dtype=torch.int8, device=_CPU)
             fillers += [_make_filler(layout, replace(plane, lift=0), octets), _Widen(octets, plane.lift, target)]
         else:
             fillers.append(_Words(layout, plane, target))
@@ -187,9 +187,11 @@ class _Words:
         start = layout.offsets[plane.field]
         self._octets = slice(start, start + layout.field_named(plane.field).n_bytes)
         word = _LANES[ELEMENT_SIZES[layout.word(plane)]]
-        self._field = torch.empty(target.shape[0], layout.field_named(plane.field).n_bytes, dtype=torch.uint8)
+        self._field = torch.empty(
+            target.shape[0], layout.field_named(plane.field).n_bytes, dtype=torch.uint8, device=_CPU
+        )
         self._source = self._field.view(word)[:, layout.word_slice(plane)]
-        self._words = torch.empty(self._source.shape, dtype=torch.int32)
+        self._words = torch.empty(self._source.shape, dtype=torch.int32, device=_CPU)
         self._shifts = [constant(shift, torch.int32) for shift in plane.shifts]
         self._target = target
         n_runs = self._words.shape[1] // plane.run
@@ -213,7 +215,7 @@ class _Book:
 
     def __init__(self, layout: Layout, code: Code, book: CodeBook, target: Tensor) -> None:
         self._integers = Integers(layout, code, target.shape[0])
-        self._indices = torch.empty(self._integers.codes.shape, dtype=torch.int32)
+        self._indices = torch.empty(self._integers.codes.shape, dtype=torch.int32, device=_CPU)
         self._table = _packed_book(book)
         self._target = target.view(self._table.dtype).view(-1)
 
@@ -231,7 +233,9 @@ class _Bytes:
         self._octets = octets
         self._table = _unpacked_bytes(plane.bits, plane.shifts, plane.lift, *mul_add)
         self._target = target.view(self._table.dtype).view(-1)
-        self._indices = torch.empty(target.shape[0], target.shape[1] // len(plane.shifts), dtype=torch.int32)
+        self._indices = torch.empty(
+            target.shape[0], target.shape[1] // len(plane.shifts), dtype=torch.int32, device=_CPU
+        )
 
     def fill(self, blocks: Tensor) -> None:
         self._indices.copy_(blocks[:, self._octets])
@@ -246,8 +250,8 @@ class _Digits:
         n_bytes = n_blocks * n_words
         n_lanes = ceil(n_bytes / 8)  # the last may hold some bytes that mean nothing
         self.octets = octets
-        self.word_lanes = torch.empty(n_lanes, dtype=torch.int64)
-        self.digit_lanes = torch.empty(n_lanes, dtype=torch.int64)
+        self.word_lanes = torch.empty(n_lanes, dtype=torch.int64, device=_CPU)
+        self.digit_lanes = torch.empty(n_lanes, dtype=torch.int64, device=_CPU)
         self.words = self.word_lanes.view(torch.uint8)[:n_bytes].view(n_blocks, n_words)
         self.digits = self.digit_lanes.view(torch.uint8)[:n_bytes].view(n_blocks, n_words)
         run = plane.run if len(plane.shifts) > 1 else n_words
@@ -289,7 +293,7 @@ class _Trits(_Digits):
         super().__init__(octets, plane, target)
         self._powers = [constant(3**i, torch.int16) for i in plane.shifts]
         self._low, self._three, self._eight = (constant(number, torch.int16) for number in (255, 3, 8))
-        self._numbers = torch.empty(self.words.shape, dtype=torch.int16)
+        self._numbers = torch.empty(self.words.shape, dtype=torch.int16, device=_CPU)
         self._products = torch.empty_like(self._numbers)
 
     def fill(self, blocks: Tensor) -> None:
@@ -311,7 +315,7 @@ class _Pairs(_Digits):
         self._table = _packed_pairs(book)
         self._word_pairs = self.words.view(-1).view(torch.int16)
         self._digit_pairs = self.digits.view(-1).view(torch.int16)
-        self._indices = torch.empty(self._word_pairs.shape, dtype=torch.int32)
+        self._indices = torch.empty(self._word_pairs.shape, dtype=torch.int32, device=_CPU)
         self._fours = torch.empty_like(self._indices)
         self._low_and_high = self._fours.view(torch.int16).view(-1, 2).unbind(1)
         self._unsigned = constant(0xFFFF, torch.int32)
@@ -340,7 +344,7 @@ def _made_apart(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @_made_apart
 def constant(number: int, dtype: torch.dtype) -> Tensor:
     """A number as torch takes it without making a tensor of it first: dtype ()."""
-    return torch.tensor(number, dtype=dtype)
+    return torch.tensor(number, dtype=dtype, device=_CPU)
 
 
 @_made_apart
@@ -352,7 +356,7 @@ def _packed_book(book: CodeBook) -> Tensor:
 @_made_apart
 def _packed_pairs(book: CodeBook) -> Tensor:
     """For two bytes: the numbers of both low nibbles, then of both high ones, as bytes of one int32 (65536,)."""
-    octets = torch.arange(1 << 16).to(torch.int16).view(torch.uint8).view(-1, 2)
+    octets = torch.arange(1 << 16, device=_CPU).to(torch.int16).view(torch.uint8).view(-1, 2)
     nibbles = torch.cat([octets & 15, octets >> 4], dim=1)
     return device_table(book, _CPU).to(torch.int8)[nibbles.long()].view(torch.int32).flatten()
 
@@ -360,5 +364,5 @@ def _packed_pairs(book: CodeBook) -> Tensor:
 @_made_apart
 def _unpacked_bytes(bits: int, shifts: tuple[int, ...], lift: int, mul: int, add: int) -> Tensor:
     """For every byte: mul * code + add of each of its codes, as bytes of one integer (256,)."""
-    codes = torch.arange(256).unsqueeze(1) >> torch.tensor(shifts) & (1 << bits) - 1
+    codes = torch.arange(256, device=_CPU).unsqueeze(1) >> torch.tensor(shifts, device=_CPU) & (1 << bits) - 1
     return ((codes << lift) * mul + add).to(torch.int8).view(_LANES[len(shifts)]).flatten()

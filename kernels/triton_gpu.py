@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from ..layouts import CodeBook, Layout
 from .iq_grids import device_table
-from .self_test import ALIGNMENT
+from .self_test import ALIGNMENT, FAILURES
+from .torch_reference import convert_floats
 from .triton_source import Kernel, book_bytes, write_kernel
 
 # Threads of a program, each with one unit of 16 bytes. Compiled for sm_90 a thread has at most 32 registers, so that
@@ -31,12 +31,12 @@ UNITS = 256
 # The interpreter takes its time per program and statement, whatever their size.
 UNITS_INTERPRETED = 1 << 14
 DEVICE_TYPES = ("cuda", "xpu")  # ROCm calls its devices cuda
-PLAIN_ELEMENTS = MappingProxyType({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16})
 
 _functions: dict[tuple[int, int, int], tuple[Kernel, Any]] = {}
 _book_words: dict[tuple[CodeBook, int, torch.device], Tensor] = {}
 
 
+@cache
 def is_interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on tensors of the CPU, as its own variable says."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -51,7 +51,7 @@ def _import_failure() -> str:
         import triton.language
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    except (RuntimeError, OSError, AttributeError, TypeError, ValueError, LookupError, AssertionError) as error:
+    except FAILURES as error:
         return f"Triton is broken ({type(error).__name__}: {error})"
     return "" if hasattr(triton, "jit") else "Triton is broken (it has no jit)"
 
@@ -82,7 +82,7 @@ def dequantize_into(blocks: Tensor, layout: Layout, out: Tensor) -> None:
     """
     blocks = blocks.contiguous()
     if layout.quants is None:
-        _convert(blocks, layout, out)
+        convert_floats(blocks, layout, out)
     elif is_interpreted() and out.dtype == torch.bfloat16:
         # The interpreter cuts numbers off to make bfloat16 of them; there the last step is torch's.
         exact = torch.empty_like(out, dtype=torch.float32)
@@ -105,14 +105,6 @@ def _run(blocks: Tensor, layout: Layout, out: Tensor, itemsize: int) -> None:
         launch()
     else:
         _launch_on(blocks.device, launch)
-
-
-def _convert(blocks: Tensor, layout: Layout, out: Tensor) -> None:
-    """Plain numbers, which torch converts in one launch too."""
-    element = PLAIN_ELEMENTS[layout.fields[0].element]
-    if blocks.data_ptr() % element.itemsize:
-        blocks = blocks.clone()
-    out.copy_(blocks.view(element))
 
 
 def _launch_on(device: torch.device, launch: Callable[..., Any]) -> None:

@@ -19,7 +19,8 @@ import torch
 from gguf.constants import GGMLQuantizationType as QType
 
 from ..errors import BadFile, plain_text
-from ..gguf_file import MAX_ENTRIES, MAX_NAME_BYTES, GGUFFile, map_file
+from ..gguf_file import MAX_ENTRIES, MAX_NAME_BYTES, GGUFFile
+from ..mapped_file import map_file
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 GGUF_MAGIC = b"GGUF"

@@ -64,9 +64,8 @@ def test_data_may_lie_at_any_address(qtype, shift):
 def test_nothing_is_written_behind_the_end(monkeypatch):
     monkeypatch.setattr(triton_gpu, "UNITS_INTERPRETED", 256)
     canvas = torch.full((4096,), 42.0)
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: canvas[: shape[0] * shape[1]].view(shape))
-    blocks = random_blocks(LAYOUTS[QType.Q4_K], 3)
-    weights = dequantize_with(triton_gpu, place(blocks, 0).view(3, -1), LAYOUTS[QType.Q4_K], torch.float32)
+    blocks, weights = random_blocks(LAYOUTS[QType.Q4_K], 3), canvas[: 3 * 256].view(3, 256)
+    triton_gpu.dequantize_into(place(blocks, 0).view(3, -1), LAYOUTS[QType.Q4_K], weights)
     assert_same_weights(weights, blocks, QType.Q4_K)
     assert canvas[3 * 256 :].unique().tolist() == [42.0]
 

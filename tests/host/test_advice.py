@@ -5,6 +5,7 @@ import comfy.model_management
 import pytest
 import tiny
 import torch
+from gguf_kit.dequant import Backend
 from gguf_kit.host import advice
 
 GPU = torch.device("cuda", 0)
@@ -14,14 +15,21 @@ OFFER = (
 )
 
 
+def set_llvm(monkeypatch, reason):
+    """The backend of the extra cannot take anything for this reason; the list grows with each question."""
+    asked = []
+    backend = Backend(None, lambda layout, device: asked.append(device) or reason)
+    monkeypatch.setattr(advice, "BACKENDS", {"llvm": backend})
+    return asked
+
+
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch, caplog):
     """A process that has said nothing, with the extra's backend, the extra, and no native bfloat16."""
     caplog.set_level("INFO", logger="gguf_kit")
     advice._advise_extra.cache_clear()
     advice._advise_bfloat16.cache_clear()
-    monkeypatch.setattr(advice, "BACKENDS", {"llvm": None, "torch": None})
-    monkeypatch.setattr(advice, "find_spec", lambda name: object())
+    set_llvm(monkeypatch, "")
     monkeypatch.setattr(advice, "has_native_bfloat16", lambda: False)
     yield
     advice._advise_extra.cache_clear()
@@ -67,24 +75,22 @@ def test_a_cpu_without_the_instructions_is_not_measured(monkeypatch, caplog):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize(("speedup", "gain"), [(None, "faster"), (6.04, "6.0 times as fast")])
-def test_a_missing_extra_is_named_once_with_what_it_brings(monkeypatch, caplog, speedup, gain):
-    looked = []
-    monkeypatch.setattr(advice, "find_spec", looked.append)  # and gives None
-    monkeypatch.setattr(advice, "LLVM_SPEEDUP", speedup)
+def test_a_missing_extra_is_named_once_with_what_it_brings(monkeypatch, caplog):
+    asked = set_llvm(monkeypatch, "llvmlite is not installed")
+    monkeypatch.setattr(advice, "LLVM_SPEEDUP", 6)
     advice.log_advice(GPU)
-    assert not looked
+    assert not asked
     for dtype in (None, torch.float32):
         advice.log_advice(tiny.CPU, dtype)
-    assert caplog.messages == [f"Weights would be dequantized {gain} on this CPU with llvmlite: pip install llvmlite."]
-    assert looked == ["llvmlite"]
+    assert caplog.messages == [
+        "Weights would be dequantized about 6 times as fast on this CPU with llvmlite: pip install llvmlite."
+    ]
+    assert len(asked) == 1
 
 
-def test_the_extra_is_not_named_where_it_is_there_or_has_no_backend(monkeypatch, caplog):
-    advice.log_advice(tiny.CPU)
-    advice._advise_extra.cache_clear()
-    monkeypatch.setattr(advice, "find_spec", lambda name: None)
-    monkeypatch.setattr(advice, "BACKENDS", {"torch": None})
+@pytest.mark.parametrize("reason", ["", "llvmlite is 0.43.0, and 0.45 is needed"])
+def test_the_extra_is_not_named_where_it_is_there_or_would_not_help(monkeypatch, caplog, reason):
+    set_llvm(monkeypatch, reason)
     advice.log_advice(tiny.CPU)
     assert not caplog.messages
 

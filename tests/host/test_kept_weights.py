@@ -2,7 +2,9 @@
 """Weights that stay dequantized: results are those without, to the bit, and the host knows what they take."""
 
 import copy
+import functools
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import gguf
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from gguf_kit.host import compat
+from gguf_kit.host import compat, product
 from gguf_kit.host.compat import quantized_modules, wrap
 from gguf_kit.host.kept_weights import KeptWeights, work_per_weight
 from gguf_kit.layouts import LAYOUTS
@@ -40,10 +42,11 @@ def kept_bytes(patcher):
 
 def count_dequantizations(monkeypatch):
     """A list that grows with every weight that is dequantized whole."""
-    seen, dequantize_rows = [], compat.dequantize_rows
-    monkeypatch.setattr(
-        compat, "dequantize_rows", lambda rows, *a: seen.append(rows.shape) or dequantize_rows(rows, *a)
-    )
+    seen = []
+    for module, name in (compat, "dequantize_rows"), (product, "dequantize_rows"), (product, "dequantize_into"):
+        function = getattr(module, name)
+        spy = functools.partial(lambda f, rows, *a: seen.append(rows.shape) or f(rows, *a), function)
+        monkeypatch.setattr(module, name, spy)
     return seen
 
 
@@ -121,6 +124,38 @@ def test_a_budget_keeps_so_much_and_no_more(tiny_flux, monkeypatch):
     seen, n_modules = count_dequantizations(monkeypatch), len(list(quantized_modules(patcher.model)))
     tiny.run(patcher)
     assert len(seen) == n_modules - len(kept(patcher))
+
+
+def load_with_room(patcher, monkeypatch, room):
+    """Load all of the model where so many bytes are free."""
+    free = comfy.model_management.minimum_inference_memory() + room
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.model_management, "get_free_memory", lambda *args, **options: free)
+        patcher.load(tiny.CPU, full_load=True)
+
+
+def test_a_full_load_keeps_no_more_than_there_is_room_for(tiny_flux, monkeypatch):
+    patcher = keeping(tiny_flux("Q4_K_S"))
+    planned = patcher.model_size()
+    load_with_room(patcher, monkeypatch, 1 << 20)
+    assert 0 < kept_bytes(patcher) <= 1 << 20
+    # What found no room is not asked of the host again: it would unload other models for it.
+    assert patcher.model_size() == patcher.loaded_size() == patcher.bytes_size() + kept_bytes(patcher)
+    assert patcher.model_size() < planned
+    patcher.detach()
+    assert patcher.model_size() == planned
+
+
+def test_a_lack_of_memory_for_kept_weights_does_not_end_the_load(tiny_flux, monkeypatch, caplog):
+    def fill(*args):
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    expected = tiny.run(tiny.quantized_model(tiny_flux("Q4_K_S")))
+    patcher = keeping(tiny_flux("Q4_K_S"))
+    monkeypatch.setattr(KeptWeights, "fill", fill)
+    assert torch.equal(tiny.run(patcher), expected)
+    assert not kept(patcher)
+    assert "No memory to keep weights dequantized on cpu" in caplog.text
 
 
 @pytest.mark.parametrize("batch", [1, 16], ids=["few tokens", "many tokens"])

@@ -13,6 +13,7 @@ from gguf_kit.kernels import self_test, torch_reference
 from gguf_kit.layouts import LAYOUTS
 from quant_data import QTYPES, assert_same_weights, random_blocks
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 by_qtype = pytest.mark.parametrize("qtype", QTYPES, ids=lambda qtype: qtype.name)
 CPU = torch.device("cpu")
@@ -243,9 +244,65 @@ def test_memory_that_is_there_is_filled_as_new_memory_is(qtype, dtype):
     assert out[3].eq(7).all()
 
 
-def test_memory_with_gaps_is_refused():
-    with pytest.raises(GGUFError, match=r"out has strides \(64, 1\)"):
-        dequantize_into(torch.zeros(68, dtype=torch.uint8), QType.Q8_0, torch.zeros(2, 64)[:, :32])
+@pytest.mark.parametrize(
+    "out",
+    [torch.zeros(2, 64)[:, :32], torch.zeros(2, 32, device="meta"), torch.zeros(2, 32, requires_grad=True)],
+    ids=["gaps", "another device", "gradients"],
+)
+def test_memory_that_cannot_be_written_is_refused(out):
+    with pytest.raises(GGUFError, match=r"out is on .* expected contiguous memory on cpu without gradients"):
+        dequantize_into(torch.zeros(68, dtype=torch.uint8), QType.Q8_0, out)
+
+
+@pytest.mark.parametrize("name", ["llvm", "torch-cpu", "torch"])
+def test_autograd_sees_that_memory_was_overwritten(name):
+    out, factor = torch.ones(2, 32), torch.ones(1, requires_grad=True)
+    product = (out * factor).sum()
+    dequantize_into(torch.zeros(68, dtype=torch.uint8), QType.Q8_0, out, backend=name)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+BLOCKS = torch.from_numpy(random_blocks(LAYOUTS[QType.Q4_K], 600))  # more than the reference takes from torch-cpu
+RIGHT = torch_reference.dequantize(BLOCKS, LAYOUTS[QType.Q4_K], torch.float32)
+
+
+def weights_of(data, name):
+    return dequantize(data, QType.Q4_K, (600, 256), backend=name)
+
+
+@pytest.mark.parametrize("name", ["llvm", "torch-cpu", "torch"])
+def test_whoever_follows_the_call_gets_an_operator_that_it_knows(name):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(weights_of(BLOCKS, name), FakeTensor)
+    graph = make_fx(lambda data: weights_of(data, name) * 2)(BLOCKS)
+    assert torch.equal(graph(BLOCKS), RIGHT * 2)
+    gradient = torch.func.grad(lambda x: (weights_of(BLOCKS, name).nan_to_num(0) * x).sum())(torch.ones(1))
+    torch.testing.assert_close(gradient, RIGHT.nan_to_num(0).sum().view(1), rtol=1e-3, atol=1.0)
+
+
+@pytest.mark.parametrize("name", ["llvm", "torch-cpu", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_defaults_of_the_process_change_nothing(name, dtype):
+    blocks = BLOCKS.repeat(8, 1)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            weights = dequantize(blocks, QType.Q4_K, (4800, 256), dtype, backend=name)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(weights, RIGHT.repeat(8, 1).to(dtype))
+
+
+def test_a_lack_of_memory_on_a_cpu_turns_nothing_off(use_backends):
+    def lack_memory(blocks, layout, dtype):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes.")
+
+    use_backends(fast=Recorder(lack_memory).backend())
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        dequantize(torch.zeros(144, dtype=torch.uint8), QType.Q4_K, (256,))
+    assert not dequant._faults
 
 
 @by_qtype

@@ -21,7 +21,7 @@ LINES = (
     (("errors", "host.layer"), ("host.plain",)),
     (("host.lora", "host.native", "host.plain"), ("host.patcher",)),
     (("layouts", "host.compat"), ("host.kept_weights",), ("host.patcher",)),
-    (("dequant",), ("host.advice",), ("service",)),
+    (("layouts", "dequant"), ("host.advice",), ("service",)),
     (("models",), ("host.text_encoders",)),
     (("gguf_file", "kernels", "dequant", "models"), ("quantize",)),
     (("quantize", "host.compat", "host.lora"), ("saver",), ("nodes_save",), ("nodes",)),

@@ -2,10 +2,11 @@
 """The machine code that llvm_cpu makes gives gguf-py's float32 to the bit, and its cast for other dtypes."""
 
 import importlib.metadata
-import platform
 import re
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_blocks_with_gaps_between_them_are_read_right():
 
 def test_a_large_result_has_its_own_memory_and_every_weight():
     layout = LAYOUTS[QType.Q4_K]
-    blocks = random_blocks(layout, 1 << 13, seed=5)  # 8 MB as float32, which asks for huge pages
+    blocks = random_blocks(layout, 1 << 13, seed=5)
     first, second = dequantize_blocks(blocks, QType.Q4_K), dequantize_blocks(blocks, QType.Q4_K)
     assert_same_weights(first, blocks, QType.Q4_K)
     first.zero_()
@@ -151,7 +152,6 @@ def test_the_text_has_no_offset_beyond_the_block():
 
 def test_what_cannot_be_taken_says_why():
     assert llvm_cpu.unavailable(LAYOUTS[QType.Q4_0], torch.device("meta")) == "it computes on a CPU"
-    assert llvm_cpu.unavailable(LAYOUTS[QType.F16], CPU) == "torch reads such numbers itself"
 
 
 def test_without_llvmlite_the_reason_is_that(monkeypatch):
@@ -169,16 +169,77 @@ def test_an_old_llvmlite_is_not_tried(monkeypatch):
 
 def test_a_broken_llvmlite_is_a_reason_not_a_crash(monkeypatch):
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
-    monkeypatch.setattr(llvm_cpu, "_target", llvm_cpu._target.__wrapped__)
+    monkeypatch.setattr(llvm_cpu, "_target", llvm_cpu._make_target.__wrapped__)
     assert llvm_cpu._machine_lacks.__wrapped__().startswith("llvmlite cannot be used: ")
 
 
-@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="F16C is an instruction set of x86")
-def test_a_processor_without_float16_instructions_is_not_taken(monkeypatch):
+@pytest.mark.parametrize("triple", ["x86_64-unknown-linux-gnu", "riscv64-unknown-linux-gnu"])
+def test_a_processor_without_float16_instructions_is_not_taken(triple, monkeypatch):
     class FewFeatures(dict):
         def flatten(self):
             return ""
 
-    monkeypatch.setattr(llvm_cpu._target().binding, "get_host_cpu_features", FewFeatures)
-    monkeypatch.setattr(llvm_cpu, "_target", llvm_cpu._target.__wrapped__)
-    assert "F16C" in llvm_cpu._machine_lacks.__wrapped__()
+    binding = llvm_cpu._target().binding
+    monkeypatch.setattr(binding, "get_host_cpu_features", FewFeatures)
+    monkeypatch.setattr(binding, "get_default_triple", lambda: triple)
+    monkeypatch.setattr(llvm_cpu, "_target", llvm_cpu._make_target.__wrapped__)
+    assert (
+        llvm_cpu._machine_lacks.__wrapped__() == f"this CPU ({triple[:7].rstrip('-')}) has no instructions for float16"
+    )
+
+
+def test_a_system_that_forbids_machine_code_is_a_reason(monkeypatch):
+    def forbid():
+        raise OSError("cannot allocate executable memory")
+
+    monkeypatch.setattr(llvm_cpu._target().binding, "check_jit_execution", forbid)
+    monkeypatch.setattr(llvm_cpu, "_target", llvm_cpu._make_target.__wrapped__)
+    assert llvm_cpu._machine_lacks.__wrapped__() == "llvmlite cannot be used: cannot allocate executable memory"
+
+
+@pytest.mark.parametrize("version", ["0+unknown", "0.46rc1", None])
+def test_a_version_that_cannot_be_read_is_a_reason(version, monkeypatch):
+    monkeypatch.setattr(llvm_cpu.importlib.metadata, "version", lambda name: version)
+    assert llvm_cpu._machine_lacks.__wrapped__().startswith("llvmlite cannot be used: ")
+
+
+FIRST_USE = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+import _pack, torch
+from gguf_kit.kernels import llvm_cpu
+from gguf_kit.layouts import LAYOUTS
+from gguf import GGMLQuantizationType as Q
+made = []
+make = llvm_cpu._make_target
+llvm_cpu._make_target = lambda: made.append(make()) or made[-1]
+start = threading.Barrier(6)
+def run():
+    start.wait()
+    for qtype in (Q.Q4_K, Q.Q8_0, Q.IQ2_S):
+        layout = LAYOUTS[qtype]
+        assert not llvm_cpu.unavailable(layout, torch.device("cpu"))
+        out = torch.empty(64, layout.block_size)
+        llvm_cpu.dequantize_into(torch.zeros(64, layout.type_size, dtype=torch.uint8), layout, out)
+threads = [threading.Thread(target=run) for _ in range(6)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+assert len({id(target.engine) for target in made}) == 1
+"""
+
+
+def test_threads_that_come_first_share_one_engine():
+    tools = Path(llvm_cpu.__file__).parent.parent / "tools"
+    subprocess.run([sys.executable, "-c", FIRST_USE, str(tools)], check=True, timeout=120)
+
+
+def test_what_threads_cannot_take_is_done_here(monkeypatch):
+    """As while the process ends, when no thread can be started."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(llvm_cpu, "MAX_THREADS", 3)
+    monkeypatch.setattr(llvm_cpu, "THREAD_WEIGHTS", 64)
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    monkeypatch.setattr(llvm_cpu, "_pool", lambda process: pool)
+    blocks = random_blocks(LAYOUTS[QType.Q4_K], 50)
+    assert_same_weights(dequantize_blocks(blocks, QType.Q4_K), blocks, QType.Q4_K)

@@ -31,7 +31,7 @@ def small_slices(request, monkeypatch):
     """Ten rows at a time, in both ways; how a CPU goes is told by the buffer that it keeps."""
     monkeypatch.setattr(product, "SLICE_BYTES", 10 * N_IN * 4)
     if request.param == "elsewhere":
-        monkeypatch.setattr(product, "_is_plain", lambda x: False)
+        monkeypatch.setattr(product, "_is_overwritable", lambda *tensors: False)
         monkeypatch.setattr(product, "_buffer", None)
 
 
@@ -101,6 +101,9 @@ def test_threads_have_their_own_buffers():
 def test_gradients_pass_through(monkeypatch):
     monkeypatch.setattr(product, "SLICE_BYTES", 10 * N_IN * 4)
     x, rows = torch.randn(3, N_IN, requires_grad=True), make_rows()
+    bias = torch.zeros(N_OUT, requires_grad=True)
+    multiply_rows(x.detach(), rows, QType.Q4_K, bias, torch.float32).sum().backward()
+    assert torch.equal(bias.grad, torch.full((N_OUT,), 3.0))
     multiply_rows(x, rows, QType.Q4_K, None, torch.float32).sum().backward()
     torch.testing.assert_close(x.grad, dequantize_rows(rows, QType.Q4_K).sum(0).expand(3, -1), rtol=1e-5, atol=1e-3)
 
