@@ -24,7 +24,7 @@ MIN_BYTES, MAX_BYTES = 4 << 20, 256 << 20
 def _find_counter() -> Callable[[int], int] | None:
     """torch's own function, if it counts as it is understood here."""
     count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
-    probe = torch.UntypedStorage(1, device="cpu")
+    probe = torch.UntypedStorage(1, device="cpu")  # type: ignore[no-untyped-call]
     if count is None or count(probe._cdata) != 1:
         return None
     user = torch.empty(0, dtype=torch.uint8, device="cpu").set_(probe)
@@ -43,7 +43,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
         return torch.empty(shape, dtype=dtype, device=device)
     with _lock:
         if not (_held and _held[0].nbytes() == n_bytes and _is_alone()):
-            _held[:] = [torch.UntypedStorage(n_bytes, device="cpu")]
+            _held[:] = [torch.UntypedStorage(n_bytes, device="cpu")]  # type: ignore[no-untyped-call]
         result: Tensor = torch.empty(0, dtype=dtype, device="cpu").set_(_held[0])
         return result.view(shape)
 
