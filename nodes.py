@@ -28,7 +28,7 @@ _MAX_KEEP_MB = 1 << 20
 EXTRA_TOOLTIP = "A second file with modules that are laid over the model, such as Wan's VACE. none: the model as it is."
 
 COMPUTE_TOOLTIP = (
-    "Type in which the model computes. default: what ComfyUI chooses for the device, on a CPU float32. "
+    "Type in which the model computes, if the device has it. default: what ComfyUI chooses, on a CPU float32. "
     "bfloat16 is less exact and pays on CPUs that multiply it natively (AVX512-BF16, AMX): the log says by how much."
 )
 KEEP_TOOLTIP = (
