@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path.append(str(ROOT))  # last: a host has a module `nodes` too
 
 import _pack  # noqa: E402, F401
