@@ -147,7 +147,7 @@ def test_the_input_comes_last_and_may_be_left_out(files):
         inputs = node.INPUT_TYPES()
         assert list(inputs) == ["required", "optional"]
         assert len(inputs["required"]) == n_required
-        assert list(inputs["optional"]) == ["extra_name"]
+        assert next(iter(inputs["optional"])) == "extra_name"
         choices, options = inputs["optional"]["extra_name"]
         assert choices == ["none", "base.gguf", "modules.gguf", "single.gguf"]
         assert options["default"] == "none"
