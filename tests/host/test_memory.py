@@ -91,7 +91,8 @@ def ram_bytes():
     gc.collect()
     found = {}
     for tensor in gc.get_objects():
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+        if not plain or tensor.device.type != "cpu":
             continue
         storage = tensor.untyped_storage()
         if storage.nbytes() > LARGE and not hasattr(storage, "_gguf_origin"):

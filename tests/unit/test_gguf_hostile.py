@@ -2,7 +2,6 @@
 """Every malformed GGUF ends in one clear error, quickly and without taking memory."""
 
 import errno
-import mmap
 import os
 import struct
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import gguf_builder as build
 import pytest
 from gguf import GGMLQuantizationType as QType
+from gguf_kit import mapped_file
 from gguf_kit.errors import BadFile, GGUFError, UnsupportedQtype
 from gguf_kit.gguf_file import MAX_ENTRIES, MAX_HEADER_BYTES, GGUFFile
 
@@ -309,7 +309,7 @@ def test_file_that_cannot_be_mapped_is_named(tmp_path: Path, monkeypatch: pytest
 
     path = tmp_path / "mapped.gguf"
     path.write_bytes(SOUND)
-    monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr(mapped_file, "MappedFile", refuse)
     check(path, os.strerror(errno.ENOMEM), BadFile)
 
 
