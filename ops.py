@@ -17,7 +17,7 @@ import torch
 
 from .dequant import dequantize_rows
 from .host.compat import cast_weight, dequantize_weight, indexed_bytes, is_quantized, multiply, release_weight, wrap
-from .host.layer import OpsOptions, QuantizedLayer
+from .host.layer import OpsOptions, QuantizedLayer, tensor_device
 from .host.lazy_weight import LazyWeight
 from .host.low_rank import LowRank, add_to_output, add_to_weight, prefers_side_path
 
@@ -71,8 +71,7 @@ class GGUFLinear(QuantizedLayer, comfy.ops.manual_cast.Linear):
         return self.low_rank_factors(shape, device, dtype, self.options.patch_on_device)
 
     def prepare_patches(self, device: torch.device, dtype: torch.dtype) -> None:
-        named_as_in_tensors = torch.empty(0, device=device).device  # with the index that "cuda" stands for
-        self._factors(named_as_in_tensors, dtype, tuple(self.weight.shape))
+        self._factors(tensor_device(device), dtype, tuple(self.weight.shape))
 
 
 class _GGUFConv(QuantizedLayer):

@@ -37,6 +37,11 @@ class OpsOptions:
     patch_on_device: bool = False
 
 
+def tensor_device(device: torch.device) -> torch.device:
+    """A device as tensors name it, with the index that "cuda" stands for."""
+    return torch.empty(0, device=device).device
+
+
 class QuantizedLayer(PatchableWeight):
     """Mixin over a host layer whose weight may be quantized; with a float weight it is the host's own layer.
 
@@ -207,7 +212,7 @@ class QuantizedLayer(PatchableWeight):
 
     def keep(self, device: torch.device, dtype: torch.dtype) -> None:
         """Keep the weight dequantized on a device from now on, unless it is or has become a float weight."""
-        device = torch.empty(0, device=device).device  # with its index, as tensors have it
+        device = tensor_device(device)
         if not is_quantized(self.weight) or self.has_kept(device, dtype):
             return
         # Made as a normal tensor, so that it also serves where gradients of the input are wanted.

@@ -9,7 +9,6 @@ _BUILD.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ..layouts import CodeBook
+from .apart import run_apart
 
 if TYPE_CHECKING:
     import numpy as np
 
 _tables: dict[tuple[CodeBook, torch.device], Tensor] = {}
+_byte_tables: dict[CodeBook, Tensor] = {}
 
 
 def device_table(book: CodeBook, device: torch.device) -> Tensor:
@@ -32,12 +33,28 @@ def device_table(book: CodeBook, device: torch.device) -> Tensor:
     """
     table = _tables.get((book, device))
     if table is None:
-        # A fresh thread has none of the caller's modes: a table made in inference mode or of fake tensors would spoil
-        # every later use outside of it.
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            table = thread.submit(_build_table, book, device).result()
-        _tables[book, device] = table
+        table = _tables[book, device] = run_apart(_build_table, book, device)
     return table
+
+
+def byte_table(book: CodeBook) -> Tensor:
+    """The same on the CPU as int8, for books that hold nothing else; shared by all.
+
+    Raises:
+        ValueError: a number of the book is no int8.
+    """
+    table = _byte_tables.get(book)
+    if table is None:
+        table = _byte_tables[book] = run_apart(_build_bytes, book)
+    return table
+
+
+def _build_bytes(book: CodeBook) -> Tensor:
+    numbers = device_table(book, torch.device("cpu"))
+    octets = numbers.to(torch.int8)
+    if not torch.equal(octets.float(), numbers):
+        raise ValueError(f"{book.name}: not all of its numbers are int8")
+    return octets
 
 
 def _build_table(book: CodeBook, device: torch.device) -> Tensor:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layouts import CodeBook, Layout
-from .iq_grids import device_table
+from ..layouts import Layout
+from .iq_grids import byte_table, device_table
 from .llvm_ir import books, in_bytes, kernel_name, kernel_text
 from .self_test import FAILURES
 from .torch_reference import convert_floats
@@ -32,10 +32,10 @@ NOT_INSTALLED = "llvmlite is not installed"
 # Fewer weights than this are not worth a second thread: about 10 microseconds of work.
 THREAD_WEIGHTS = 1 << 15
 MAX_THREADS = os.cpu_count() or 1
+CPU = torch.device("cpu")
 
 _lock = threading.RLock()
 _kernels: dict[tuple[str, str], _Kernel] = {}
-_byte_tables: dict[CodeBook, Tensor] = {}
 
 
 class _Kernel(NamedTuple):
@@ -180,17 +180,7 @@ def _compile(layout: Layout, output: str) -> _Kernel:
     module.verify()
     target.engine.add_module(module)
     target.engine.finalize_object()
-    tables = tuple(_table(book) for book in books(layout))
+    tables = tuple(byte_table(book) if in_bytes(book) else device_table(book, CPU) for book in books(layout))
     arguments = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *(ctypes.c_void_p for _ in tables)]
     run = ctypes.CFUNCTYPE(None, *arguments)(target.engine.get_function_address(kernel_name(layout, output)))
     return _Kernel(run, tables)
-
-
-def _table(book: CodeBook) -> Tensor:
-    """A book's numbers as the kernels read them."""
-    numbers = device_table(book, torch.device("cpu"))
-    if not in_bytes(book):
-        return numbers
-    if book not in _byte_tables:
-        _byte_tables[book] = numbers.to(torch.int8)
-    return _byte_tables[book]

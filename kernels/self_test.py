@@ -8,7 +8,6 @@ replace this one. dequant.py decides when it runs and what follows from it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from subprocess import SubprocessError
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..layouts import Layout
 from . import torch_reference
+from .apart import run_apart
 
 # What compilers and launchers raise, among Python's own kinds: no C compiler, no libcuda, an unwritable cache, an API
 # that changed, an instruction that the device lacks.
@@ -80,14 +80,12 @@ def find_fault(
     Raises:
         RuntimeError: no room for the sample, or another of PASSING.
     """
-    # A fresh thread has none of the caller's modes (inference, fake tensors, autocast).
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        try:
-            return thread.submit(_compare, dequantize_into, layout, device, dtype, aligned).result()
-        except (*FAILURES, *failures) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError) or any(w in str(error).lower() for w in PASSING):
-                raise
-            return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    try:
+        return run_apart(_compare, dequantize_into, layout, device, dtype, aligned)
+    except (*FAILURES, *failures) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or any(w in str(error).lower() for w in PASSING):
+            raise
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def _compare(

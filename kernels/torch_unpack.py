@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import ceil
 from types import MappingProxyType
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..layouts import ELEMENT_SIZES, Code, CodeBook, Layout, Plane
-from .iq_grids import device_table
+from .apart import run_apart
+from .iq_grids import byte_table
 
 _CPU = torch.device("cpu")
 # What so many bytes are moved as at once; the widest only ever moves.
@@ -331,12 +331,11 @@ class _Pairs(_Digits):
 
 
 def _made_apart(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Cache a constant, built in a fresh thread, which has none of the caller's modes (as device_table())."""
+    """Cache a constant, built apart from its caller's modes."""
 
     @functools.cache
     def cached(*args: object) -> Tensor:
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            return thread.submit(build, *args).result()
+        return run_apart(build, *args)
 
     return cached
 
@@ -350,7 +349,7 @@ def constant(number: int, dtype: torch.dtype) -> Tensor:
 @_made_apart
 def _packed_book(book: CodeBook) -> Tensor:
     """A book's entries, each as one integer of its numbers' bytes: int32 or int64 (n_entries,)."""
-    return device_table(book, _CPU).to(torch.int8).view(_LANES[book.width]).flatten()
+    return byte_table(book).view(_LANES[book.width]).flatten()
 
 
 @_made_apart
@@ -358,7 +357,7 @@ def _packed_pairs(book: CodeBook) -> Tensor:
     """For two bytes: the numbers of both low nibbles, then of both high ones, as bytes of one int32 (65536,)."""
     octets = torch.arange(1 << 16, device=_CPU).to(torch.int16).view(torch.uint8).view(-1, 2)
     nibbles = torch.cat([octets & 15, octets >> 4], dim=1)
-    return device_table(book, _CPU).to(torch.int8)[nibbles.long()].view(torch.int32).flatten()
+    return byte_table(book)[nibbles.long()].view(torch.int32).flatten()
 
 
 @_made_apart

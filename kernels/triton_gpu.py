@@ -12,7 +12,6 @@ from __future__ import annotations
 import linecache
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
 
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..layouts import CodeBook, Layout
-from .iq_grids import device_table
+from .apart import run_apart
+from .iq_grids import byte_table, device_table
 from .self_test import ALIGNMENT, FAILURES
 from .torch_reference import convert_floats
 from .triton_source import Kernel, book_bytes, write_kernel
@@ -160,15 +160,9 @@ def book_words(book: CodeBook, n_unit: int, device: torch.device) -> Tensor:
     key = book, n_bytes, device
     words = _book_words.get(key)
     if words is None:
-        # A fresh thread has none of the caller's modes, see device_table(). Its copy to the device waits for the end.
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            words = _book_words[key] = thread.submit(_pack_book, book, n_bytes, device).result()
+        words = _book_words[key] = run_apart(_pack_book, book, n_bytes, device)  # its copy to the device has ended
     return words
 
 
 def _pack_book(book: CodeBook, n_bytes: int, device: torch.device) -> Tensor:
-    numbers = device_table(book, torch.device("cpu"))
-    octets = numbers.to(torch.int8)
-    if not torch.equal(octets.float(), numbers):
-        raise ValueError(f"{book.name}: not all of its numbers are int8")
-    return octets.flatten().view(torch.int32 if n_bytes == 4 else torch.int64).to(device)
+    return byte_table(book).flatten().view(torch.int32 if n_bytes == 4 else torch.int64).to(device)

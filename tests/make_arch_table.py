@@ -16,6 +16,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from readme_blocks import replace_between
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 TESTED = ROOT / "tests" / "data" / "tested_hosts.txt"
@@ -76,16 +78,8 @@ def general_policy() -> str:
 
 
 def replace_block(text: str, table: str) -> str:
-    """A README with the table between its markers.
-
-    Raises:
-        SystemExit: there are no markers.
-    """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{README.name} has no {BEGIN} and {END}")
-    return f"{head}{begin}\n{table}\n{end}{tail}"
+    """A README with the table between its markers."""
+    return replace_between(text, BEGIN, END, table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

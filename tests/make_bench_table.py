@@ -16,6 +16,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from readme_blocks import replace_between
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "tests" / "bench" / "results"
@@ -144,16 +146,8 @@ def load_lines(records: Sequence[Record]) -> list[str]:
 
 
 def replace_block(text: str, tables: str) -> str:
-    """A README with the tables between its markers.
-
-    Raises:
-        SystemExit: there are no markers.
-    """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{README.name} has no {BEGIN} and {END}")
-    return f"{head}{begin}\n{tables}\n{end}{tail}"
+    """A README with the tables between its markers."""
+    return replace_between(text, BEGIN, END, tables)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
