@@ -13,7 +13,7 @@ from typing import Any
 import folder_paths
 import torch
 
-from . import nodes_checkpoint, nodes_components, nodes_save
+from . import nodes_checkpoint, nodes_components, nodes_imatrix, nodes_save
 from .folders import FileNames, existing_file, file_state, find_file, list_files, register_folders
 from .loader import AUTO, NONE
 from .ops import OpsOptions
@@ -243,6 +243,7 @@ NODES = (
     *nodes_checkpoint.NODES,
     *nodes_components.NODES,
     *nodes_save.NODES,
+    *nodes_imatrix.NODES,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node, _ in NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: title for node, title in NODES}

@@ -180,6 +180,40 @@ TABLES = (
         ),
     ),
     Table(
+        "bench_collect",
+        "Recording an importance matrix",
+        "A sampling of the tiny Flux, or of a double and a single block of Flux's width, with the collector node and "
+        "without; with the work on the file.",
+        (
+            Column("model", ("model",)),
+            QTYPE,
+            DTYPE,
+            TOKENS,
+            Column("rows kept", ("rows",), "d"),
+            MS,
+            time_by("without", "time / without"),
+            ROUNDS,
+        ),
+    ),
+    Table(
+        "bench_tune",
+        "Choosing types",
+        "Measuring every candidate for the first double and single blocks of a Flux-shaped file, and solving the "
+        "choice for the whole model; minutes for Flux.1-dev are extrapolated from processor time, linear in the "
+        "weights that are measured.",
+        (
+            Column("engine", ("name",)),
+            Column("rows of a matrix", ("sample_rows",), "d"),
+            Column("weights measured", ("sampled_weights",), ",d"),
+            Column("CPU s", ("cpu_seconds",), ".0f"),
+            Column("us/weight", ("us_per_weight",), ".1f"),
+            Column("Flux.1-dev, rows", ("flux_sample_rows",), "d"),
+            Column("on 8 cores, minutes", ("flux_minutes",), ".0f"),
+            Column("solving s", ("solve_seconds",), ".2f"),
+            Column("peak MB", ("peak_mb",), ".0f"),
+        ),
+    ),
+    Table(
         "bench_open",
         "Opening text encoders",
         "A file with 262,144 tokens and 442 tensors.",

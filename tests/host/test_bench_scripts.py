@@ -22,9 +22,10 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
         ("bench_linear", ["--qtypes", "Q8_0"], {"dtype", "shape", "tokens", "ms", "against"}),
         ("bench_step", [], {"model", "dtype", "tokens", "ms", "against"}),
         ("bench_lora", ["--loras", "1"], {"loras", "rank", "tokens", "ms", "against"}),
+        ("bench_collect", [], {"model", "rows", "tokens", "ms", "against"}),
         ("bench_load", [], {"seconds", "resident_added_mb", "peak_added_mb"}),
     ],
-    ids=["Linear", "step", "LoRA", "loading"],
+    ids=["Linear", "step", "LoRA", "collector", "loading"],
 )
 def test_a_benchmark_runs(tmp_path, script, options, fields):
     command = [

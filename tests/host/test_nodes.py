@@ -59,7 +59,8 @@ def test_every_node_says_what_it_is_and_takes(node_id):
     assert titles.keys() == nodes.NODE_CLASS_MAPPINGS.keys()
     assert "GGUF" in titles[node_id]
     assert list(titles.values()).count(titles[node_id]) == 1
-    assert node.CATEGORY == ("advanced/model_merging" if getattr(node, "OUTPUT_NODE", False) else "loaders/gguf")
+    others = {"SaveGGUF": "advanced/model_merging", "SaveGGUFCLIP": "advanced/model_merging"}
+    assert node.CATEGORY == (others | {"ImatrixCollectorGGUF": "advanced/gguf"}).get(node_id, "loaders/gguf")
     assert node.DESCRIPTION.endswith(".")
     assert callable(getattr(node, node.FUNCTION))
     assert all(options["tooltip"] for group in node.INPUT_TYPES().values() for _, options in group.values())

@@ -25,13 +25,16 @@ LINES = (
     (("models",), ("host.text_encoders",)),
     (("gguf_file", "kernels", "dequant", "models"), ("quantize",)),
     (("quantize", "host.compat", "host.lora"), ("saver",), ("nodes_save",), ("nodes",)),
+    (("errors", "host.collect_rows"), ("host.collector",), ("collector",)),
+    (("host.compat", "host.collect_calls", "host.collector"), ("host.collect_gains",), ("collector",)),
+    (("saver",), ("collector",), ("nodes_imatrix",), ("nodes",)),
     (("loader", "ops", "host.native", "host.patcher", "host.text_encoders"), ("service",), ("nodes",), ("__init__",)),
     (("host.node_functions", "service"), ("components",), ("nodes_components",), ("nodes",)),
     (("models",), ("folders",), ("nodes_components", "nodes_checkpoint"), ("nodes",)),
     (("components",), ("checkpoint",), ("nodes_checkpoint",), ("nodes",)),
 )
 KNOW_COMFY = ("nodes", "nodes_save", "nodes_components", "components", "folders", "service", "saver", "ops")
-KNOW_COMFY += ("checkpoint", "nodes_checkpoint")
+KNOW_COMFY += ("checkpoint", "nodes_checkpoint", "collector", "nodes_imatrix")
 KNOW_COMFY += tuple(f"host.{path.stem}" for path in ROOT.glob("host/*.py"))
 HOST_MODULES = {"comfy", "nodes", "folder_paths", "comfyui_version", "comfy_kitchen"}
 ROOMS_OF_MANY = ("kernels", "models", "quantize")  # one room each; host's modules are rooms of their own
