@@ -27,7 +27,6 @@ import comfy.model_sampling
 import comfy.utils
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from gguf.constants import GGMLQuantizationType as QType
 from safetensors import SafetensorError, safe_open
 
 from .dequant import PLAIN_DTYPES
@@ -46,7 +45,7 @@ from .quantize.encode import Engine, GgmlEngine, TorchEngine, useful_threads
 from .quantize.encoder_sources import take_encoder
 from .quantize.fp8 import FILE_MARKER, INPUT_SUFFIXES, LAYER_MARKER, SCALE_SUFFIXES
 from .quantize.plan import STORED_TYPES, Choices, Plan, PlannedTensor, make_plan
-from .quantize.recipe_files import parse_recipe
+from .quantize.recipe_files import RecipeFile, parse_recipe
 from .quantize.recipes import RECIPES, TYPE_NAMES
 from .quantize.sources import NOT_CARRIED, Source
 
@@ -117,7 +116,7 @@ def save_clip(clip: Any, path_of: Callable[[str], Path], type_name: str, recipe:
         GGUFError: with one sentence for the user; nothing is written if an encoder is of an unknown kind, or the recipe
             is for none of them.
     """
-    exact = parse_recipe(recipe)
+    wanted = parse_recipe(recipe)
     model, sources = clip.patcher.model, []
     prefixes = [f"{name}.{TRANSFORMER}." if name else f"{TRANSFORMER}." for name in encoder_names(model)]
     for prefix in prefixes:
@@ -130,12 +129,13 @@ def save_clip(clip: Any, path_of: Callable[[str], Path], type_name: str, recipe:
     outside = [key for key in keys if not key.startswith(tuple(prefixes)) and not key.endswith(UNSAVED)]
     if outside:
         log.warning("%d tensors beside the text encoders are not saved: %s", len(outside), name_list(outside))
-    if exact and not any(exact.keys() & source.tensors.keys() for source in sources):
-        problem = f"the text encoders have none of the {len(exact)} names in the recipe: {name_list([*exact])}"
+    if wanted.types and not any(wanted.types.keys() & source.tensors.keys() for source in sources):
+        names = [*wanted.types]
+        problem = f"the text encoders have none of the {len(names)} names in the recipe: {name_list(names)}"
         raise GGUFError(problem, hint="Take the recipe of one of them.")
     warn_of_unsaved(clip.patcher, ", ".join(source.path.name for source in sources))
     return tuple(
-        write_gguf(source, source.path, type_name, exact if exact.keys() & source.tensors.keys() else {})
+        write_gguf(source, source.path, type_name, wanted if wanted.types.keys() & source.tensors else RecipeFile())
         for source in sources
     )
 
@@ -345,14 +345,19 @@ def _unet_config(model: Any) -> dict[str, Any]:
 # -- writing --
 
 
-def write_gguf(source: Source, path: Path, type_name: str, exact: Mapping[str, QType]) -> Plan:
+def write_gguf(source: Source, path: Path, type_name: str, recipe: RecipeFile) -> Plan:
     """Write a source as a file of a type, with the host's progress bar; a cancelled prompt leaves nothing.
 
     Args:
-        exact: types of single tensors, which come before type_name's.
+        recipe: types of single tensors, which come before type_name's.
     """
     try:
-        plan = make_plan(source, Choices(type_name=type_name, exact=exact))
+        plan = make_plan(source, Choices(type_name=type_name, exact=recipe.types))
+        if recipe.weightings:
+            n_named = len(recipe.weightings)
+            log.warning(
+                "%s: saved without the importance matrix by which the recipe weighs %d tensors", path.name, n_named
+            )
         for note in plan.warnings:
             log.warning("%s: %s", path.name, _OPTION.sub("", note))
         engine, n_threads = choose_engine(source, plan)

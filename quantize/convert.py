@@ -23,9 +23,11 @@ from ..dequant import PLAIN_DTYPES
 from ..errors import GGUFError, name_list, plain_text
 from .encode import Engine, check_engine, encode_rows, scales_are_finite
 from .ggml import requires_imatrix
-from .imatrix import Imatrix
+from .imatrix import Imatrix, Weighting
+from .mixed import encode_mixed
 from .plan import STORED_TYPES, Plan, PlannedTensor
 from .sources import Source
+from .weight_samples import Inputs
 from .writer import Writer, file_size, make_header, merged_metadata
 
 CHUNK_WEIGHTS = 2**21  # 8 MB as float32; with many threads chunks are smaller
@@ -107,6 +109,7 @@ def check_importance(conversion: Conversion) -> None:
     """
     for tensor in conversion.plan.tensors:
         _importance(conversion, tensor)
+        _recorded_rows(conversion, tensor)
     if conversion.imatrix and not {t.name for t in conversion.plan.tensors} & set(conversion.imatrix.columns):
         hint = "The importance matrix was made with another model."
         raise GGUFError("none of its entries is a tensor of the model", path=conversion.imatrix.path, hint=hint)
@@ -128,6 +131,8 @@ def _has_importance(conversion: Conversion, tensor: PlannedTensor) -> bool:
     """Whether the importance matrix speaks of a tensor that is quantized; it does so of matrices only, as they are."""
     if conversion.imatrix is None or tensor.qtype in PLAIN_DTYPES or tensor.name not in conversion.imatrix.columns:
         return False
+    if tensor.weighting is Weighting.NONE:
+        return False
     return tensor.stored_shape == tensor.shape and len(tensor.shape) == 2
 
 
@@ -135,7 +140,22 @@ def _importance(conversion: Conversion, tensor: PlannedTensor) -> torch.Tensor |
     """float32 (n_columns,) for a matrix that the importance matrix speaks of."""
     if conversion.imatrix is None or not _has_importance(conversion, tensor):
         return None
-    return conversion.imatrix.importance(tensor.name, tensor.shape[-1])
+    return conversion.imatrix.importance(tensor.name, tensor.shape[-1], tensor.weighting)
+
+
+def _recorded_rows(conversion: Conversion, tensor: PlannedTensor) -> torch.Tensor | None:
+    """Inputs (n, n_columns) by which a matrix is put together of pieces; None: it is encoded as a whole."""
+    if tensor.weighting is not Weighting.MIXED or tensor.qtype in PLAIN_DTYPES:
+        return None
+    entry = conversion.imatrix.entries.get(tensor.name) if conversion.imatrix else None
+    if entry is None or entry.rows is None or not len(entry.rows) or not _has_importance(conversion, tensor):
+        raise GGUFError(
+            f"tensor '{plain_text(tensor.name)}' is to be mixed, which needs recorded rows of its inputs",
+            path=conversion.imatrix.path if conversion.imatrix else conversion.source.path,
+            subject=tensor.name,
+            hint="Give the importance matrix that the recipe was made with, as --imatrix.",
+        )
+    return entry.rows
 
 
 Chunk = tuple[PlannedTensor, torch.Tensor, bool]
@@ -178,12 +198,12 @@ def _work(
         if _is_kept(conversion.source, tensor):
             yield from _kept_blocks(conversion, tensor, size)
             continue
-        rows, importance = _rows(conversion, tensor)
+        rows = _rows(conversion, tensor)
+        encode = _encoder(conversion, engine, tensor)
         n_rows = max(1, size // max(rows.shape[1], 1))
         starts = range(0, rows.shape[0], n_rows)
         for start in starts:
-            chunk = rows[start : start + n_rows]
-            yield tensor, _job(conversion, engine, tensor, chunk, importance), start == starts[-1]
+            yield tensor, functools.partial(encode, rows[start : start + n_rows]), start == starts[-1]
 
 
 def _kept_blocks(
@@ -214,24 +234,26 @@ def _checked_blocks(conversion: Conversion, tensor: PlannedTensor, chunk: torch.
     return data
 
 
-def _job(
-    conversion: Conversion,
-    engine: Engine,
-    tensor: PlannedTensor,
-    rows: torch.Tensor,
-    importance: torch.Tensor | None,
-) -> Callable[[], torch.Tensor]:
-    if STORED_TYPES[rows.dtype] is tensor.qtype:
-        stored = rows.to(PLAIN_DTYPES[tensor.qtype]).contiguous()
-        return lambda: stored.view(torch.uint8).flatten()
-    path = conversion.source.path
-    return lambda: encode_rows(engine, rows, tensor.qtype, importance, tensor.name, path)
+def _encoder(conversion: Conversion, engine: Engine, tensor: PlannedTensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What turns rows of a tensor, of any float type, into bytes."""
+    name, path = tensor.name, conversion.source.path
+    importance, recorded = _importance(conversion, tensor), _recorded_rows(conversion, tensor)
+    inputs = Inputs(importance, recorded.float()) if importance is not None and recorded is not None else None
+
+    def encode(rows: torch.Tensor) -> torch.Tensor:
+        if STORED_TYPES[rows.dtype] is tensor.qtype:
+            return rows.to(PLAIN_DTYPES[tensor.qtype]).contiguous().view(torch.uint8).flatten()
+        if inputs is not None:
+            return encode_mixed(engine, rows, tensor.qtype, inputs, name, path)
+        return encode_rows(engine, rows, tensor.qtype, importance, name, path)
+
+    return encode
 
 
-def _rows(conversion: Conversion, tensor: PlannedTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A tensor as the rows in which it is stored, and the importance of their columns."""
+def _rows(conversion: Conversion, tensor: PlannedTensor) -> torch.Tensor:
+    """A tensor as the rows in which it is stored."""
     if tensor.is_empty:
-        return torch.zeros(1, 1, dtype=PLAIN_DTYPES[tensor.qtype]), None
+        return torch.zeros(1, 1, dtype=PLAIN_DTYPES[tensor.qtype])
     weights = conversion.source.read(tensor.name)
     if tuple(weights.shape) != tensor.shape:
         raise GGUFError(
@@ -239,13 +261,12 @@ def _rows(conversion: Conversion, tensor: PlannedTensor) -> tuple[torch.Tensor, 
             path=conversion.source.path,
             subject=tensor.name,
         )
-    return weights.reshape(-1, tensor.stored_shape[-1]), _importance(conversion, tensor)
+    return weights.reshape(-1, tensor.stored_shape[-1])
 
 
 def tensors_without_importance(conversion: Conversion) -> list[str]:
-    """Names of quantized matrices that the importance matrix says nothing about; [] without one."""
+    """Names of quantized matrices that the importance matrix ought to weigh and says nothing about; [] without one."""
     if conversion.imatrix is None:
         return []
-    return [
-        t.name for t in conversion.plan.tensors if t.qtype not in PLAIN_DTYPES and not _has_importance(conversion, t)
-    ]
+    weighed = [t for t in conversion.plan.tensors if t.weighting is not Weighting.NONE]
+    return [t.name for t in weighed if t.qtype not in PLAIN_DTYPES and not _has_importance(conversion, t)]

@@ -24,6 +24,7 @@ from gguf.constants import GGMLQuantizationType as QType
 from ..errors import GGUFError, name_list, plain_text
 from ..layouts import LAYOUTS, bpw, n_bytes
 from ..models import archs
+from .imatrix import Weighting
 from .recipes import ENCODER_RECIPES, KEPT, PLAIN_TYPES, RECIPES, SMALL_BLOCK_TYPES
 from .sources import Source, SourceTensor
 
@@ -66,6 +67,7 @@ class PlannedTensor:
         category: role in the model.
         qtype: type in the file.
         note: why it is not the type that the recipe wants, or "".
+        weighting: how an importance matrix, where there is one, weighs its columns.
     """
 
     name: str
@@ -74,6 +76,7 @@ class PlannedTensor:
     category: archs.Category
     qtype: QType
     note: str = ""
+    weighting: Weighting = Weighting.FULL
 
     @cached_property
     def n_bytes(self) -> int:
@@ -148,6 +151,7 @@ class Choices:
         overrides: (pattern, type) of --tensor-type, searched in the name; the first that is found wins.
         exact: name -> type of a recipe file; weaker than overrides, stronger than type_name.
         has_imatrix: an importance matrix will be used.
+        weightings: name -> how it weighs that tensor; FULL for all others.
     """
 
     type_name: str = ""
@@ -155,6 +159,7 @@ class Choices:
     overrides: tuple[tuple[re.Pattern[str], QType], ...] = ()
     exact: Mapping[str, QType] = field(default_factory=dict)
     has_imatrix: bool = False
+    weightings: Mapping[str, Weighting] = field(default_factory=dict)
 
 
 def make_plan(source: Source, choices: Choices) -> Plan:
@@ -221,9 +226,9 @@ class _Planner:
         explicit = self.explicit(tensor.name)
         if explicit is not None:
             self.check(tensor, shape, explicit)
-            return PlannedTensor(tensor.name, tensor.shape, shape, role.category, explicit)
-        qtype, note = self.by_recipe(tensor, shape, role)
-        return PlannedTensor(tensor.name, tensor.shape, shape, role.category, qtype, note)
+        qtype, note = (explicit, "") if explicit is not None else self.by_recipe(tensor, shape, role)
+        weighting = self.choices.weightings.get(tensor.name, Weighting.FULL)
+        return PlannedTensor(tensor.name, tensor.shape, shape, role.category, qtype, note, weighting)
 
     def stored_shape(self, tensor: SourceTensor, role: archs.Role) -> tuple[int, ...]:
         """The shape in the file; it depends on the tensor alone, so that a 16-bit file can be quantized later."""
@@ -324,9 +329,12 @@ def _warnings(tensors: Sequence[PlannedTensor], choices: Choices) -> list[str]:
     unused = [p.pattern for p, _ in choices.overrides if not any(p.search(t.name) for t in tensors)]
     if unused:
         found.append(f"--tensor-type patterns that no tensor matches: {name_list(unused)}")
-    strangers = sorted(set(choices.exact) - {t.name for t in tensors})
+    strangers = sorted({*choices.exact, *choices.weightings} - {t.name for t in tensors})
     if strangers:
         found.append(f"names in the recipe that the model does not have: {name_list(strangers)}")
+    if choices.weightings and not choices.has_imatrix:
+        n_named = len(choices.weightings)
+        found.append(f"the recipe says how importance weighs {n_named} tensors; without --imatrix nothing is weighed")
     n_weights = sum(prod(t.shape) for t in tensors)
     n_quantized = sum(prod(t.shape) for t in tensors if t.qtype not in STORED_TYPES.values())
     if choices.type_name in RECIPES and 2 * n_quantized < n_weights:

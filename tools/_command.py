@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from gguf_kit.errors import GGUFError, name_list
 from gguf_kit.models.split_files import present_parts
-from gguf_kit.quantize.writer import leftovers
+from gguf_kit.quantize.writer import file_exists, leftovers
 from gguf_kit.tools._output import one_line
 from tqdm import tqdm
 
@@ -46,6 +46,17 @@ def tell_leftovers(prog: str, path: Path) -> None:
     unfinished = leftovers(path)
     if unfinished:
         say(f"{prog}: unfinished files of earlier runs may be deleted: {name_list([p.name for p in unfinished])}")
+
+
+def write_text(path: Path, text: str, overwrite: bool) -> None:
+    """Write a small file, never over an existing one unasked."""
+    try:
+        with open(path, "w" if overwrite else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise file_exists(path) from None
+    except OSError as error:
+        raise GGUFError(f"cannot be written: {error.strerror}", path=path, hint="Check the folder.") from error
 
 
 def say(line: str) -> None:
