@@ -3,6 +3,7 @@
 
     pip install nox uv
     nox -s demo            pictures and a table in demo-output/
+    nox -s quality         what automatic recipes gain on a tiny Flux; tables and pictures in quality-output/
     nox -s tests           all tests; arguments after -- go to pytest (nox -s tests -- tests/e2e -k picture)
     nox -s lint
     nox -s bench           tests/bench/bench_*.py, into tests/bench/results; names after -- (bench_load, prototype_int8)
@@ -41,6 +42,8 @@ TOOLS = [
     "llvmlite==0.50.0",
     "tqdm",
     "Pillow",
+    "matplotlib",
+    "scikit-image",
     "ruff==0.17.6",
     "mypy==2.4.1",
     "codespell==2.4.3",
@@ -129,6 +132,13 @@ def demo(session: nox.Session) -> None:
     """Make, load and sample a tiny Flux in each type through a real ComfyUI server; results in demo-output/."""
     python, variables = prepare(session)
     session.run(python, "demo/run.py", *session.posargs, env={**variables, **ONE_THREAD}, external=True)
+
+
+@nox.session(python=False)
+def quality(session: nox.Session) -> None:
+    """Calibrate, tune, convert and judge automatic recipes on a tiny Flux; results in quality-output/."""
+    python, variables = prepare(session)
+    session.run(python, "demo/quality.py", *session.posargs, env={**variables, **ONE_THREAD}, external=True)
 
 
 @nox.session(python=False)

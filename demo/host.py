@@ -33,7 +33,7 @@ FETCHED_NAME = "comfyui-0.3.75"
 # The caller pins torch and its relatives; templates and help pages are not needed to run.
 REQUIREMENTS_LEFT_OUT = ("torch", "torchvision", "torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs")
 NOT_PART_OF_A_COPY = shutil.ignore_patterns(
-    ".git", ".nox", ".cache", "*_cache", "__pycache__", "demo-output", ".venv", "tests"
+    ".git", ".nox", ".cache", "*_cache", "__pycache__", "demo-output", "quality-output", ".venv", "tests"
 )
 
 

@@ -132,26 +132,30 @@ def compare(name: str, size: metrics.FileSize, found: list[Result], wanted: list
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table that is aligned in a terminal too."""
-    lines = [HEADINGS, *(row.cells() for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+    """The rows as a Markdown table."""
+    return aligned_table([HEADINGS, *(row.cells() for row in rows)])
+
+
+def aligned_table(lines: Sequence[Sequence[str]]) -> str:
+    """Headings and rows as a Markdown table that is aligned in a terminal too."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     padded.insert(1, ["-" * (width - 1) + ":" for width in widths])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
-def write_pictures(folder: Path, results: dict[str, list[Result]]) -> None:
-    """Write every picture as folder/TYPE/PROMPT.png."""
-    for name, found in results.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for prompt, result in zip(tiny_flux.SEEDS, found, strict=True):
-            (folder / name / f"{prompt.replace(' ', '-')}.png").write_bytes(result.png)
+def write_pictures(folder: Path, results: dict[str, list[Result]], names: Sequence[str]) -> None:
+    """Write every picture as folder/TYPE/NAME.png."""
+    for type_name, found in results.items():
+        (folder / type_name).mkdir(parents=True, exist_ok=True)
+        for name, result in zip(names, found, strict=True):
+            (folder / type_name / f"{name}.png").write_bytes(result.png)
 
 
 def write_report(output: Path, rows: Sequence[Row], results: dict[str, list[Result]], versions: dict[str, str]) -> str:
     """Write pictures, contact sheet, results.md and results.json; returns the table."""
     shutil.rmtree(output / "pictures", ignore_errors=True)
-    write_pictures(output / "pictures", results)
+    write_pictures(output / "pictures", results, [prompt.replace(" ", "-") for prompt in tiny_flux.SEEDS])
     labels = {row.type: f"{row.type}\n{row.bpw:.2f} bits/weight\nerror {row.latent_error:.4f}" for row in rows}
     pictures = [(labels[name], [result.png for result in found]) for name, found in results.items()]
     sheet.write_contact_sheet(output / "contact_sheet.png", list(tiny_flux.SEEDS), pictures)

@@ -64,6 +64,15 @@ def build_workflow(loader: Loader, prompt: str, seed: int, steps: int = tiny_flu
     }
 
 
+def build_collecting_workflow(loader: Loader, prompt: str, seed: int, batch: int, options: dict[str, Any]) -> Workflow:
+    """Sample a batch while the node "GGUF Imatrix Collector" records, decode nothing; options: the node's inputs."""
+    workflow = _sampling_nodes(loader, prompt, seed, tiny_flux.STEPS)
+    workflow["collector"] = _node("ImatrixCollectorGGUF", model=["model", 0], **options)
+    workflow["sampled"]["inputs"]["model"] = ["collector", 0]
+    workflow["empty"]["inputs"]["batch_size"] = batch
+    return workflow
+
+
 def build_timing_workflow(loader: Loader, prompt: str, seed: int, steps: int) -> Workflow:
     """Load and sample as build_workflow does, but decode nothing."""
     return _sampling_nodes(loader, prompt, seed, steps)
