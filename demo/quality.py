@@ -243,9 +243,15 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return aligned_table([HEADINGS, *(row.cells() for row in rows)])
 
 
+def label(row: Row) -> str:
+    """What stands beside a file's pictures."""
+    title = TITLES[row.recipe].replace(", ", ",\n")
+    return f"size of {row.size_of}\n{title}\nerror {row.latent_error:.4f}"
+
+
 def write_sheet(path: Path, rows: Sequence[Row], results: dict[str, list[Result]]) -> None:
     """The contact sheet: the first picture of each prompt, a line for each file."""
-    labels = {row.type: f"{row.size_of}\n{TITLES[row.recipe]}\nerror {row.latent_error:.4f}" for row in rows}
+    labels = {row.type: label(row) for row in rows}
     lines = [
         (labels.get(name, "BF16\nsafetensors"), [result.png for result in found[::SEEDS_PER_PROMPT]])
         for name, found in results.items()
