@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +33,7 @@ log = logging.getLogger("gguf_kit")
 
 WRAPPER_KEY = "gguf_kit_imatrix"
 DATASET = "ComfyUI"
+HELD_BYTES = 64 << 20  # size of a file that is small enough to be remembered from one sampling to the next
 
 
 class ImatrixFile:
@@ -45,6 +47,7 @@ class ImatrixFile:
     def __init__(self, path_of: Callable[[], Path], fresh: bool) -> None:
         self._path_of = path_of
         self._path = None if fresh else path_of()
+        self._held: tuple[tuple[int, ...], Imatrix] | None = None  # state of the file, and what it held then
 
     def check(self, columns: Mapping[str, int]) -> None:
         """Refuse a model whose entries cannot be added to the file.
@@ -56,7 +59,7 @@ class ImatrixFile:
         """
         if self._path is None or not self._path.exists():
             return
-        imatrix = read_imatrix(self._path, with_rows=False)
+        imatrix = self._read(self._path, with_rows=False)
         hint = "The file was made with another model: choose another filename_prefix, or the mode 'new file'."
         for name, entry in imatrix.entries.items():
             n_columns = columns.get(name, entry.n_columns)
@@ -81,14 +84,23 @@ class ImatrixFile:
         n_inputs = max(int(entry.counts.max()) for entry in entries.values())
         found = Imatrix(path, MappingProxyType(dict(entries)), (DATASET,), chunk_count=1, chunk_size=n_inputs)
         if not is_new and path.exists():
-            found = merge([read_imatrix(path), found], max_rows=n_rows or None)
+            found = merge([self._read(path), found], max_rows=n_rows or None)
         try:
             write_imatrix(found, path, overwrite=not is_new)
         except GGUFError as error:
             problem = str(error).removesuffix(error.hint).strip()  # the hint is about a command line
             raise GGUFError(problem, hint="Choose another filename_prefix, or free some space.") from error
         self._path = path
+        state = _state(path)
+        self._held = (state, found) if state and state[0] <= HELD_BYTES else None
         return found
+
+    def _read(self, path: Path, with_rows: bool = True) -> Imatrix:
+        """What the file holds; from memory while nobody else has written it."""
+        if self._held is not None and self._held[0] == _state(path):
+            return self._held[1]
+        self._held = None
+        return read_imatrix(path, with_rows=with_rows)
 
 
 class Collector:
@@ -107,12 +119,15 @@ class Collector:
 
     def __call__(self, executor: Any, guider: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Sample as without it, and add what was seen to the file."""
+        if len(sigmas) < 2:  # no step to take, which a part of a schedule may be
+            untouched: torch.Tensor = executor(guider, sigmas, *args, **kwargs)
+            return untouched
         model = guider.inner_model
         network = model.diffusion_model
         layers = linear_layers(network)
         names = weight_names(model, layers)
         self.file.check({names[name]: module.weight.shape[1] for name, module in layers.items()})
-        listener = InputListener(layers, self.n_rows)
+        listener = InputListener(layers, self.n_rows, len(sigmas) - 1)
         recorder = CallRecorder(network, sigmas.tolist(), self.n_steps, lambda sigma: output_scale(model, sigma))
         with _eager():
             with listener, recorder if self.n_steps else contextlib.nullcontext():
@@ -121,9 +136,15 @@ class Collector:
             if not seen:
                 problem = f"none of the model's {len(layers)} linear layers was called through its own forward"
                 raise GGUFError(problem, hint="Bypass nodes that compile or replace the model while you collect.")
+            unheard = [names[name] for name in layers if name not in seen]
+            if unheard:
+                log.info("Without importance, as they were not called: %d layers: %s", len(unheard), name_list(unheard))
             gains: dict[str, float] = {}
             if recorder.calls:
-                gains = self._measure(guider, recorder, {name: layers[name] for name in seen}, samples)
+                try:
+                    gains = self._measure(guider, recorder, {name: layers[name] for name in seen}, samples)
+                except comfy.model_management.OOM_EXCEPTION:
+                    log.warning("There is no memory to measure sensitivity; take fewer calls, or smaller pictures.")
         entries = {names[name]: _entry(seen[name], gains.get(name), len(recorder.calls)) for name in seen}
         _report(self.file.add(entries, self.n_rows), entries)
         return samples
@@ -160,6 +181,15 @@ def collect(patcher: Any, file: ImatrixFile, n_rows: int, n_steps: int) -> Any:
     clone = patcher.clone()
     clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, WRAPPER_KEY, Collector(file, n_rows, n_steps))
     return clone
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content; () where it cannot be told."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def weight_names(model: Any, layers: Modules) -> dict[str, str]:

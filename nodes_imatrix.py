@@ -6,14 +6,11 @@ Node ids and input names are public, as those of the loaders (nodes.py).
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-import folder_paths
-
 from .collector import ImatrixFile, collect
-from .errors import GGUFError, plain_text
+from .nodes_save import save_place
 
 ADD, NEW = "add to the file", "new file"
 SUFFIX = ".imatrix.gguf"
@@ -79,15 +76,8 @@ def imatrix_path(filename_prefix: str, numbered: bool) -> Path:
     Raises:
         GGUFError: the prefix leads out of the output folder, or names none.
     """
-    output = os.path.abspath(folder_paths.get_output_directory())
-    wanted = os.path.abspath(os.path.join(output, filename_prefix))
-    if not Path(wanted).is_relative_to(output) or wanted == output:
-        what = "names no file" if wanted == output else "leads out of ComfyUI's output folder"
-        problem = f"the filename_prefix '{plain_text(filename_prefix)}' {what}"
-        raise GGUFError(problem, hint="Give a name below it, such as imatrix/NAME.")
-    folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, output)
-    os.makedirs(folder, exist_ok=True)
-    return Path(folder) / (f"{name}_{counter:05}_{SUFFIX}" if numbered else f"{name}{SUFFIX}")
+    folder, name, counter = save_place(filename_prefix, "", "imatrix/NAME")
+    return folder / (f"{name}_{counter:05}_{SUFFIX}" if numbered else f"{name}{SUFFIX}")
 
 
 NODES = ((ImatrixCollectorGGUF, "GGUF Imatrix Collector"),)

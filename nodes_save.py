@@ -21,7 +21,8 @@ TYPE_TOOLTIP = (
 )
 RECIPE_TOOLTIP = (
     "Types of single tensors, which come before the type above: the text of a recipe file of tools/convert.py "
-    "(--export-recipe), a line NAME=TYPE for each. Empty: the type decides about all."
+    "(--export-recipe) or tools/tune.py, a line NAME=TYPE for each. Weightings in it need an importance matrix "
+    "and are passed over here. Empty: the type decides about all."
 )
 PREFIX_TOOLTIP = (
     "Beginning of the file's name, below ComfyUI's output folder. Files in its folder {folder} show up in the loaders."
@@ -99,14 +100,28 @@ def output_path(filename_prefix: str, type_name: str) -> Path:
     Raises:
         GGUFError: the prefix leads out of the output folder.
     """
+    folder, name, counter = save_place(filename_prefix, f"-{type_name}", "diffusion_models/NAME")
+    return folder / f"{name}_{counter:05}_.gguf"
+
+
+def save_place(filename_prefix: str, ending: str, example: str) -> tuple[Path, str, int]:
+    """Where a node saves: (folder, made if need be; name; a number that no file of that name has).
+
+    Args:
+        ending: to stand behind the prefix.
+        example: of a good prefix, for errors.
+    Raises:
+        GGUFError: the prefix leads out of the output folder, or names none.
+    """
     output = os.path.abspath(folder_paths.get_output_directory())
-    wanted = os.path.abspath(os.path.join(output, f"{filename_prefix}-{type_name}"))
-    if not Path(wanted).is_relative_to(output):
-        problem = f"the filename_prefix '{plain_text(filename_prefix)}' leads out of ComfyUI's output folder"
-        raise GGUFError(problem, hint="Give a name below it, such as diffusion_models/NAME.")
-    folder, name, counter, *_ = folder_paths.get_save_image_path(f"{filename_prefix}-{type_name}", output)
+    wanted = os.path.abspath(os.path.join(output, filename_prefix + ending))
+    if not Path(wanted).is_relative_to(output) or wanted == output:
+        what = "names no file" if wanted == output else "leads out of ComfyUI's output folder"
+        problem = f"the filename_prefix '{plain_text(filename_prefix)}' {what}"
+        raise GGUFError(problem, hint=f"Give a name below it, such as {example}.")
+    folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix + ending, output)
     os.makedirs(folder, exist_ok=True)
-    return Path(folder) / f"{name}_{counter:05}_.gguf"
+    return Path(folder), name, counter
 
 
 NODES = (

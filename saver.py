@@ -73,10 +73,10 @@ QWEN_NORM, VISUAL = "model.layers.0.input_layernorm.weight", "visual."  # in the
 UNSAVED = ("logit_scale",)  # beside the host's text encoders; a constant of CLIP's training
 GPU_KINDS = ("cuda", "xpu")  # where the torch encoder may compute; NVIDIA and AMD are both cuda
 GPU_ENCODER_BYTES = 4 << 30  # room for chunks on the device
-# Where an error speaks of an option of the command lines: what to do in a node instead.
+# Part of an error's hint, most often an option of the command lines -> what to do in a node instead.
 _NODE_HINTS = (
     ("--tensor-type", "Give it another type: a line NAME=BF16 in the input recipe."),
-    ("--dst", "Free some space, or start ComfyUI with another --output-directory."),
+    ("another disk", "Free some space, or start ComfyUI with another --output-directory."),
     ("--imatrix", "Choose a type that needs none, such as IQ4_XS, Q3_K_S or Q2_K."),
 )
 _OPTION = re.compile(r"[;.] [^;.]*--[^;.]*")
@@ -364,9 +364,9 @@ def write_gguf(source: Source, path: Path, type_name: str, recipe: RecipeFile) -
         _make_room(engine, plan)
         convert(Conversion(source, plan, path.stem), path, engine, n_threads=n_threads, progress=_progress(plan))
     except GGUFError as error:
-        if "--" not in error.hint:
+        hint = next((hint for part, hint in _NODE_HINTS if part in error.hint), "")
+        if not hint and "--" not in error.hint:
             raise
-        hint = next((hint for option, hint in _NODE_HINTS if option in error.hint), "")
         hint = hint.replace("NAME", error.subject or "NAME")
         problem = str(error).removesuffix(error.hint).strip()
         raise type(error)(f"{problem} {hint}".rstrip(), subject=error.subject) from error

@@ -8,6 +8,7 @@ differences of outputs is the difference of the final latent, if the steps after
 from __future__ import annotations
 
 import collections
+import contextvars
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 LARGE = 256 << 20  # bytes of one call's arguments, above which they wait on the CPU
+# While a recorded call is made again; whoever listens to the network then hears nothing that belongs to a sampling.
+REPEATING: contextvars.ContextVar[bool] = contextvars.ContextVar("REPEATING", default=False)
 
 Key = tuple[Hashable, ...]
 
@@ -48,8 +51,12 @@ class RecordedCall:
 
         Networks take lists apart and write into tensors, so each call gets its own.
         """
-        with torch.no_grad():
-            output = network(*_taken(self._args), **_taken(self._kwargs))
+        token = REPEATING.set(True)
+        try:
+            with torch.no_grad():
+                output = network(*_taken(self._args), **_taken(self._kwargs))
+        finally:
+            REPEATING.reset(token)
         parts = [output] if isinstance(output, torch.Tensor) else [p for p in output if isinstance(p, torch.Tensor)]
         return torch.cat([part.detach().float().flatten(1) for part in parts], dim=1)
 
@@ -85,6 +92,8 @@ class CallRecorder:
         self._hook.remove()
 
     def _record(self, network: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if REPEATING.get():
+            return
         options = kwargs.get("transformer_options") or {}
         group = (tuple(options.get("cond_or_uncond", ())), tuple(options.get("uuids", ())))
         step, move = self._place(options.get("sigmas"), group)

@@ -3,7 +3,8 @@
 
 Each call offers rows at even distances. Every row offered has a rank, the same in every run: its number times the
 golden ratio, modulo 1. Those with the lowest ranks are kept. The ranks of any regular part of the numbers are spread
-evenly as well, so that early and late steps, and prompts that take turns, all have their share.
+evenly as well, so that early and late steps, and prompts that take turns, all have their share. Calls that are still
+expected have their room kept free, so that few rows are taken in vain.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 GOLDEN = (5**0.5 - 1) / 2
+MOST_AHEAD = 64  # calls for which room is kept free
 
 
 class Choice:
@@ -22,10 +24,11 @@ class Choice:
         numbers: int64 (n,) numbers of the rows that are kept, among all that were offered, ascending.
     """
 
-    def __init__(self, most: int, numbers: np.ndarray, n_calls: int = 0) -> None:
+    def __init__(self, most: int, numbers: np.ndarray, n_calls: int, n_expected: int) -> None:
         self.most = most
         self.numbers = numbers
         self._n_calls = n_calls
+        self._n_expected = n_expected
         self._next: dict[int, tuple[Choice, torch.Tensor, np.ndarray]] = {}
 
     def after(self, n_rows: int) -> tuple[Choice, torch.Tensor, np.ndarray]:
@@ -44,17 +47,25 @@ class Choice:
         start = self._n_calls * GOLDEN % 1  # other places in every call
         rows = ((at + start) * (n_rows / max(n, 1))).astype(np.int64)
         first = self._n_calls * self.most
-        numbers = np.concatenate([self.numbers, at + first])
+        ahead = np.arange(self._n_calls + 1, self._n_expected, dtype=np.int64) * self.most
+        numbers = np.concatenate([self.numbers, at + first, np.add.outer(ahead, at).ravel()])
         if len(numbers) > self.most:
             ranks = numbers * GOLDEN % 1
             numbers = np.sort(numbers[np.argpartition(ranks, self.most - 1)[: self.most]])
+        numbers = numbers[numbers < first + self.most]
         taken = numbers[numbers >= first]
-        return Choice(self.most, numbers, self._n_calls + 1), torch.from_numpy(rows[taken - first]), taken
+        after = Choice(self.most, numbers, self._n_calls + 1, self._n_expected)
+        return after, torch.from_numpy(rows[taken - first]), taken
 
 
-def first_choice(most: int) -> Choice:
-    """Nothing yet, and room for so many rows."""
-    return Choice(most, np.empty(0, dtype=np.int64))
+def first_choice(most: int, n_expected: int = 0) -> Choice:
+    """Nothing yet, and room for so many rows.
+
+    Args:
+        n_expected: calls that every layer will have, about. If they are more the rows are as evenly spread; if they are
+            fewer, rows are missing.
+    """
+    return Choice(most, np.empty(0, dtype=np.int64), 0, min(n_expected, MOST_AHEAD))
 
 
 class RecordedRows:
@@ -75,15 +86,16 @@ class RecordedRows:
         self._choice, indices, numbers = self._choice.after(x.shape[0])
         if not len(numbers):
             return 0
-        # One by one on a GPU: an index tensor would be copied there, which waits for all that it has to do.
-        on_cpu = x.device.type == "cpu"
-        found = x.index_select(0, indices) if on_cpu else torch.stack([x[i] for i in indices.tolist()])
-        self._parts.append(found.to(torch.bfloat16))
+        if x.device.type == "cpu":
+            found = x.index_select(0, indices)
+        else:  # one by one: an index tensor would be copied to the device, which waits for all that it has to do
+            found = torch.stack([x[i] for i in indices.tolist()]).to(torch.bfloat16)
+        self._parts.append(found)
         self._numbers.append(numbers)
         self._n_rows += len(numbers)
         if self._n_rows > 2 * self._choice.most:
             self._drop_others()
-        return self._parts[-1].nbytes
+        return found.nbytes
 
     def store(self) -> None:
         """Bring what is on a device to the CPU."""
@@ -91,12 +103,14 @@ class RecordedRows:
 
     def _drop_others(self) -> None:
         self.store()
-        numbers = np.concatenate(self._numbers)
-        chosen = np.isin(numbers, self._choice.numbers)
-        self._parts, self._numbers = [torch.cat(self._parts)[torch.from_numpy(chosen)]], [numbers[chosen]]
-        self._n_rows = len(self._numbers[0])
+        rows, numbers = torch.cat(self._parts).to(torch.bfloat16), np.concatenate(self._numbers)
+        if len(numbers) > len(self._choice.numbers):
+            chosen = np.isin(numbers, self._choice.numbers)
+            rows, numbers = rows[torch.from_numpy(chosen)], numbers[chosen]
+        self._parts, self._numbers, self._n_rows = [rows], [numbers], len(numbers)
 
-    def result(self) -> torch.Tensor:
-        """bfloat16 (n_rows, n_columns) on the CPU, in the order in which the model saw them."""
-        self._drop_others()
-        return self._parts[0]
+    def result(self) -> torch.Tensor | None:
+        """bfloat16 (n_rows, n_columns) on the CPU, in the order in which the model saw them; None if there are none."""
+        if self._parts:
+            self._drop_others()
+        return self._parts[0] if self._parts else None

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from ..errors import GGUFError, name_list
+from .collect_calls import REPEATING
 from .collect_rows import RecordedRows, first_choice
 
-CHUNK = 1 << 18  # numbers that are squared at once on a CPU, so few that they stay in its cache
+PLACES = 1 << 17  # sums of a layer on a CPU, so few that they stay in its cache
 WAITING_BYTES = 32 << 20  # of rows on the device, before they are brought to the CPU
 
 
@@ -55,10 +56,10 @@ class LayerInputs:
 class _Layer:
     """What is known of one layer so far; its numbers are on the device where it computes."""
 
-    def __init__(self) -> None:
-        self.sums: torch.Tensor | None = None
+    def __init__(self, rows: RecordedRows | None) -> None:
+        self.squares = SquareSums()
         self.n_rows = 0
-        self.rows: RecordedRows | None = None
+        self.rows = rows
 
 
 class InputListener:
@@ -67,12 +68,13 @@ class InputListener:
     Args:
         layers: name -> module, as linear_layers() gives them.
         n_kept: rows of each layer's input that are kept, 0: none.
+        n_calls: as first_choice() expects them.
     """
 
-    def __init__(self, layers: dict[str, Any], n_kept: int) -> None:
+    def __init__(self, layers: dict[str, Any], n_kept: int, n_calls: int = 0) -> None:
         self._modules = layers
-        self._choice = first_choice(n_kept) if n_kept else None
-        self._layers = {name: _Layer() for name in layers}
+        choice = first_choice(n_kept, n_calls)
+        self._layers = {name: _Layer(RecordedRows(choice) if n_kept else None) for name in layers}
         self._hooks: list[Any] = []
         self._waiting: list[RecordedRows] = []
         self._n_waiting = 0  # bytes
@@ -89,12 +91,13 @@ class InputListener:
         self._hooks.clear()
 
     def _listen(self, layer: _Layer, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if REPEATING.get():
+            return
         x = input_of(args, kwargs)
-        x = x.reshape(-1, x.shape[-1])  # (n_rows, n_columns)
-        if layer.sums is None:
-            layer.sums = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
-            layer.rows = RecordedRows(self._choice) if self._choice else None
-        add_squares(layer.sums, x)
+        x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (n_rows, n_columns)
+        if not x.numel():
+            return
+        layer.squares.add(x)
         layer.n_rows += x.shape[0]
         if layer.rows is not None:
             self._offer(layer.rows, x)
@@ -119,9 +122,9 @@ class InputListener:
         """
         found, broken = {}, []
         for name, layer in self._layers.items():
-            if layer.sums is None or not layer.n_rows:
+            if not layer.n_rows:
                 continue
-            sums = layer.sums.cpu()
+            sums = layer.squares.total()
             if not bool(torch.isfinite(sums).all()):
                 broken.append(name)
             found[name] = LayerInputs(sums, layer.n_rows, layer.rows.result() if layer.rows else None)
@@ -134,12 +137,33 @@ class InputListener:
         return found
 
 
-def add_squares(sums: torch.Tensor, x: torch.Tensor) -> None:
-    """Add the squares of x (n_rows, n_columns) of any float dtype, summed over the rows, to float32 (n_columns,)."""
-    if x.device.type != "cpu":
-        sums += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()  # one kernel, no temporary
-        return
-    n_rows = max(1, CHUNK // max(1, x.shape[1]))
-    for part in (x,) if x.shape[0] <= n_rows else torch.split(x, n_rows):
-        wide = part.float()
-        sums += (wide * wide).sum(0)
+class SquareSums:
+    """Sums of the squares of a layer's inputs, column by column.
+
+    On a CPU each of some rows has sums of its own, to which a call adds its squares in one operation.
+    """
+
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None  # float32 (n, n_columns), the sums of which are wanted
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add the squares of x (n_rows, n_columns) of any float dtype."""
+        if x.device.type != "cpu":
+            squares = torch.linalg.vector_norm(x, dim=0, keepdim=True, dtype=torch.float32).square_()  # no temporary
+            self._sums = squares if self._sums is None else self._sums.add_(squares)
+            return
+        n_rows = min(x.shape[0], max(1, PLACES // x.shape[1]))
+        if self._sums is None or len(self._sums) < n_rows:
+            before, self._sums = self._sums, torch.zeros(n_rows, x.shape[1], dtype=torch.float32)
+            if before is not None:
+                self._sums[: len(before)] = before
+        sums = self._sums
+        for part in (x,) if len(x) <= len(sums) else torch.split(x, len(sums)):
+            wide = part.float()
+            (sums if len(part) == len(sums) else sums[: len(part)]).addcmul_(wide, wide)
+
+    def total(self) -> torch.Tensor:
+        """float32 (n_columns,) on the CPU, of what was added."""
+        if self._sums is None:
+            raise ValueError("nothing was added")
+        return self._sums.cpu().double().sum(0).float()

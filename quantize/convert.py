@@ -110,7 +110,7 @@ def check_importance(conversion: Conversion) -> None:
     for tensor in conversion.plan.tensors:
         _importance(conversion, tensor)
         _recorded_rows(conversion, tensor)
-    if conversion.imatrix and not {t.name for t in conversion.plan.tensors} & set(conversion.imatrix.columns):
+    if conversion.imatrix and not {t.name for t in conversion.plan.tensors} & conversion.imatrix.entries.keys():
         hint = "The importance matrix was made with another model."
         raise GGUFError("none of its entries is a tensor of the model", path=conversion.imatrix.path, hint=hint)
     without = [
@@ -129,11 +129,9 @@ def check_importance(conversion: Conversion) -> None:
 
 def _has_importance(conversion: Conversion, tensor: PlannedTensor) -> bool:
     """Whether the importance matrix speaks of a tensor that is quantized; it does so of matrices only, as they are."""
-    if conversion.imatrix is None or tensor.qtype in PLAIN_DTYPES or tensor.name not in conversion.imatrix.columns:
+    if conversion.imatrix is None or tensor.qtype in PLAIN_DTYPES or tensor.weighting is Weighting.NONE:
         return False
-    if tensor.weighting is Weighting.NONE:
-        return False
-    return tensor.stored_shape == tensor.shape and len(tensor.shape) == 2
+    return tensor.is_matrix and tensor.name in conversion.imatrix.entries
 
 
 def _importance(conversion: Conversion, tensor: PlannedTensor) -> torch.Tensor | None:
@@ -238,7 +236,9 @@ def _encoder(conversion: Conversion, engine: Engine, tensor: PlannedTensor) -> C
     """What turns rows of a tensor, of any float type, into bytes."""
     name, path = tensor.name, conversion.source.path
     importance, recorded = _importance(conversion, tensor), _recorded_rows(conversion, tensor)
-    inputs = Inputs(importance, recorded.float()) if importance is not None and recorded is not None else None
+    inputs = None
+    if importance is not None and recorded is not None:
+        inputs = Inputs(importance, recorded.float()).to(engine.device)
 
     def encode(rows: torch.Tensor) -> torch.Tensor:
         if STORED_TYPES[rows.dtype] is tensor.qtype:

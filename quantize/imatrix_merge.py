@@ -70,7 +70,7 @@ def reduce_imatrix(imatrix: Imatrix, weightings: Mapping[str, Weighting]) -> Ima
         weighting = weightings.get(name, Weighting.FULL)
         if weighting is Weighting.MIXED:
             problem = f"the recipe mixes the pieces of '{plain_text(name)}' in a way that no importance matrix can say"
-            raise GGUFError(problem, path=imatrix.path, subject=name, hint="Tune with an imatrix without rows.")
+            raise GGUFError(problem, path=imatrix.path, subject=name, hint="Tune with one without rows.")
         weights = weighting.apply(entry.means)
         if weights is not None:
             is_full = weighting is Weighting.FULL

@@ -93,6 +93,7 @@ def solve(items: Sequence[Item], budget: int, *, max_steps: int = MAX_STEPS) -> 
     smallest = smallest_size(items)
     if smallest > budget:
         raise GGUFError(f"{budget:,} bytes are too few, the smallest choice has {smallest:,}", hint="Allow more.")
+    budget = min(budget, sum(int(item.sizes[-1]) for item in items))  # more is of no use, and may not fit int64
     places, price = _greedy(items, budget)
     best = _fill(items, places, budget)
     bound = _lower_bound(items, budget, price)

@@ -28,6 +28,8 @@ POWERS_WITH_IMPORTANCE = (1.0, 0.5, 0.25)
 # Part of the weight that goes to the mean squares alone: recorded inputs are few, and say too much of how columns move
 # together.
 SHRINKAGE = 0.05
+# Numbers of float64 that a thread works with at a time, 32 MB; in float32 ties would hang on the size of chunks.
+MAX_OUTPUTS = 2**22
 
 
 def encode_mixed(
@@ -43,16 +45,16 @@ def encode_mixed(
         uint8, the bytes in file order, on the CPU.
     """
     powers = POWERS_WITH_IMPORTANCE if requires_imatrix(qtype) else POWERS
-    weights = rows.to(torch.float32)
-    encodings, errors = [], []
-    for power in powers:
-        importance = inputs.mean_squares.cpu() ** power if power else None
+    weights, inputs = rows.to(engine.device, torch.float32), inputs.to(engine.device)
+    encodings, errors = [], torch.empty(len(powers), *weights.shape, device=weights.device)
+    for error, power in zip(errors, powers, strict=True):
+        importance = inputs.mean_squares.cpu() ** power if power else None  # to the same bits for every engine
         data = encode_rows(engine, weights, qtype, importance, name, path)
         encodings.append(data)
-        errors.append(dequantize(data.to(weights.device), qtype, tuple(weights.shape)).sub_(weights))
+        torch.sub(dequantize(data.to(weights.device), qtype, tuple(weights.shape)), weights, out=error)
     n_rows, n_columns = weights.shape
     piece = PIECE if n_columns % PIECE == 0 else GGML_QUANT_SIZES[qtype][0]
-    picks = choose_pieces(torch.stack(errors), inputs, piece).cpu()  # (n_rows, n_pieces)
+    picks = choose_pieces(errors, inputs, piece).cpu()  # (n_rows, n_pieces)
     pieces = torch.stack(encodings).reshape(len(powers), n_rows, n_columns // piece, -1)
     index = picks[None, :, :, None].expand(1, *pieces.shape[1:])
     return pieces.gather(0, index).flatten()
@@ -70,15 +72,29 @@ def choose_pieces(errors: torch.Tensor, inputs: Inputs, piece: int) -> torch.Ten
     """
     if inputs.rows is None:
         raise ValueError("there are no recorded rows")
-    n_encodings, n_rows, n_columns = errors.shape
-    split = errors.reshape(n_encodings, n_rows, -1, piece)
-    known = inputs.rows.reshape(-1, n_columns // piece, piece) / len(inputs.rows) ** 0.5  # (n, n_pieces, piece)
-    alone = (split.square() * inputs.mean_squares.reshape(-1, piece)).sum(-1) * SHRINKAGE
+    n_encodings, _, n_columns = errors.shape
+    n_outputs = n_encodings * (n_columns // piece) * len(inputs.rows)  # of one row
+    parts = torch.split(errors, max(1, MAX_OUTPUTS // n_outputs), 1)
+    known = inputs.rows.double().reshape(-1, n_columns // piece, piece) / len(inputs.rows) ** 0.5
+    return torch.cat([_choose_for_rows(part, inputs.mean_squares, known) for part in parts])
+
+
+def _choose_for_rows(errors: torch.Tensor, mean_squares: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """The same for some rows; no row depends on the others, so that any division into parts gives the same.
+
+    Args:
+        known: float64 (n, n_pieces, piece), the recorded inputs over the root of their number.
+    """
+    n_encodings, n_rows, _ = errors.shape
+    _, n_pieces, piece = known.shape
+    split = errors.reshape(n_encodings, n_rows, n_pieces, piece).double()
+    each = (split.square() * mean_squares.double().reshape(-1, piece)).sum(-1)  # (n_encodings, n_rows, n_pieces)
+    alone = each * SHRINKAGE
     outputs = torch.einsum("krpc,npc->prkn", split, known)  # what each piece adds to the error of each output
-    start = int((errors.square() * inputs.mean_squares).sum((1, 2)).argmin())
-    picks = torch.full((n_rows, n_columns // piece), start, device=errors.device)
-    total = outputs[:, :, start].sum(0)  # (n_rows, n)
     every = torch.arange(n_rows, device=errors.device)
+    start = each.sum(2).argmin(0)  # (n_rows,)
+    picks = start.unsqueeze(1).repeat(1, n_pieces)
+    total = outputs[:, every, start].sum(0)  # (n_rows, n)
     for _ in range(SWEEPS):
         for i, choices in enumerate(outputs):  # (n_rows, n_encodings, n)
             rest = total - choices[every, picks[:, i]]

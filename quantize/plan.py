@@ -84,6 +84,11 @@ class PlannedTensor:
         return n_bytes(self.qtype, self.stored_shape)
 
     @property
+    def is_matrix(self) -> bool:
+        """A matrix that is stored as it is: what importance matrices speak of."""
+        return self.stored_shape == self.shape and len(self.shape) == 2
+
+    @property
     def is_empty(self) -> bool:
         """A marker without elements, stored as one zero."""
         return not prod(self.shape)

@@ -152,9 +152,7 @@ class Measurement:
 
     def knows_inputs(self, tensor: PlannedTensor) -> bool:
         """Whether the importance matrix speaks of a tensor; it does so of matrices only, stored as they are."""
-        if self.imatrix is None or tensor.name not in self.imatrix.entries:
-            return False
-        return tensor.stored_shape == tensor.shape and len(tensor.shape) == 2
+        return self.imatrix is not None and tensor.is_matrix and tensor.name in self.imatrix.entries
 
     def can_mix(self, tensor: PlannedTensor) -> bool:
         """Whether a tensor's inputs were recorded, so that it can be put together by them."""

@@ -36,6 +36,7 @@ BASE_TYPE = "Q8_0"  # the recipe that says what is left alone: all of them do it
 TOKEN_TYPE = QType.Q5_K  # a table of tokens is read row by row, by every prompt; recipes keep it at this or better
 # Where a gain is 0 nothing is known to be lost, yet what is left of a budget should go to the larger relative error.
 TIE_BREAKER = 1e-12
+MAX_BITS = 64.0  # of any type; what is asked for above makes no difference
 
 
 class KeepPolicy(enum.Enum):
@@ -144,8 +145,9 @@ class Task:
 
     def plan(self, picks: Mapping[str, Candidate]) -> Plan:
         """The plan with a choice for the free tensors."""
-        exact = {t.name: picks[t.name].qtype if t.name in picks else t.qtype for t in self.base.tensors}
-        known = self.imatrix.columns if self.imatrix else {}
+        types = {t.name: picks[t.name].qtype if t.name in picks else t.qtype for t in self.base.tensors}
+        exact = {**self.choices.exact, **types}  # names of a recipe that are no tensors are still warned of
+        known = self.imatrix.entries if self.imatrix else {}
         weightings = {
             name: pick.weighting for name, pick in picks.items() if name in known and pick.qtype not in FLOAT_DTYPES
         }
@@ -276,7 +278,13 @@ def solve_error(costs: Sequence[TensorCosts], max_error: float) -> Choice:
     Raises:
         GGUFError: even the best candidates have a larger one.
     """
-    return _choice(costs, knapsack.solve_error(_items(costs), max_error**2 * (1 + knapsack.ROUNDING)))
+    items, limit = _items(costs), max_error * max_error * (1 + knapsack.ROUNDING)
+    least = math.fsum(float(item.errors[-1]) for item in items)
+    if least > limit:
+        problem = f"no choice of types has a predicted error of {max_error:g}"
+        problem = f"{problem}, the least is about {math.sqrt(least):.3g}"
+        raise GGUFError(problem, hint="Ask for a larger one.")
+    return _choice(costs, knapsack.solve_error(items, limit))
 
 
 def frontier(costs: Sequence[TensorCosts]) -> list[tuple[int, float]]:
@@ -329,7 +337,7 @@ def tune(task: Task, costs: Sequence[TensorCosts], goal: Goal) -> Tuned:
 
 def _n_gains(task: Task) -> int:
     entries = task.imatrix.entries if task.imatrix else {}
-    return sum(tensor.name in entries and entries[tensor.name].gain is not None for tensor in task.free)
+    return sum(t.is_matrix and t.name in entries and entries[t.name].gain is not None for t in task.free)
 
 
 def _allowed(tensor: TensorCosts) -> TensorCosts:
@@ -353,7 +361,8 @@ def _budget(task: Task, costs: Sequence[TensorCosts], goal: Goal) -> int:
         used = task.header_bytes(task.base) + sum(n + -n % DEFAULT_ALIGNMENT for n in others)
         budget, least = goal.max_bytes - used, f"{used + smallest:,} bytes"
     else:
-        budget = math.floor((goal.bits_per_weight or 0.0) * task.base.n_weights / 8) - sum(others)
+        bits = min(goal.bits_per_weight or 0.0, MAX_BITS)
+        budget = math.floor(bits * task.base.n_weights / 8) - sum(others)
         least = f"{math.ceil(8000 * (sum(others) + smallest) / task.base.n_weights) / 1000:.3f} bits per weight"
     if smallest > budget:
         raise GGUFError(
@@ -366,7 +375,10 @@ def _budget(task: Task, costs: Sequence[TensorCosts], goal: Goal) -> int:
 
 
 def best_fixed(task: Task, costs: Sequence[TensorCosts], max_bytes: int) -> Fixed | None:
-    """The largest recipe that does without an importance matrix and makes a file of no more bytes than this."""
+    """The largest recipe that does without an importance matrix and makes a file of no more bytes than this.
+
+    Of several of one size that of the least error.
+    """
     found = []
     for type_name, recipe in RECIPES.items():
         if recipe.needs_imatrix:

@@ -28,6 +28,7 @@ from ..gguf_file import DEFAULT_ALIGNMENT, MAX_KEY_BYTES, MAX_NAME_BYTES, ORIG_S
 from .plan import Plan, PlannedTensor
 
 PART = ".part"
+NO_ROOM_HINT = "Free some space, or write to another disk."  # how, differs from tool to tool
 MAX_PREFIX_BYTES = 255 - len(".12345678.part")
 
 
@@ -105,7 +106,7 @@ class Writer:
             free = shutil.disk_usage(self.path.parent).free
             if free < self.n_bytes:
                 problem = f"needs {self.n_bytes / 1e6:,.0f} MB, and the disk has {free / 1e6:,.0f} MB left"
-                raise GGUFError(problem, path=self.path, hint="Free some space, or write elsewhere with --dst.")
+                raise GGUFError(problem, path=self.path, hint=NO_ROOM_HINT)
             atexit.register(self._remove_part)  # a signal can arrive before the with statement watches over it
             self._file = open(self._part, "xb")
         return self
@@ -158,7 +159,7 @@ class Writer:
             is_file = self.path.is_file()
         if exists and not is_file:
             kind = "a folder" if self.path.is_dir() else "a device or pipe"
-            raise GGUFError(f"this is {kind}", path=self.path, hint="Name a file with --dst.")
+            raise GGUFError(f"this is {kind}", path=self.path, hint="Name a file.")
         if exists and not self.overwrite:
             raise file_exists(self.path)
 
@@ -171,9 +172,7 @@ class Writer:
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             problem = "the disk is full" if full else f"cannot be written: {error.strerror}"
-            hint = (
-                "Free some space, or write elsewhere with --dst." if full else "Check the folder and its permissions."
-            )
+            hint = NO_ROOM_HINT if full else "Check the folder and its permissions."
             raise GGUFError(problem, path=self.path, hint=hint) from error
 
 

@@ -38,7 +38,7 @@ def check_destination(path: Path, *sources: Path) -> None:
     for source in sources:
         parts = present_parts(str(source)) if source.exists() else []
         if any(os.path.samefile(path, part) for part in parts):
-            raise GGUFError("source and destination are the same file", path=path, hint="Name another with --dst.")
+            raise GGUFError("source and destination are the same file", path=path, hint="Name another.")
 
 
 def tell_leftovers(prog: str, path: Path) -> None:

@@ -152,10 +152,19 @@ def parse_size(text: str) -> tuple[int, str]:
 
 
 def read_qtypes(args: argparse.Namespace) -> tuple[QType, ...]:
-    """The types of --types, or those that are usually worth a try."""
+    """The types of --types, or those that are usually worth a try.
+
+    Raises:
+        GGUFError: one is no type, or quantizes nothing.
+    """
     if args.types is None:
         return DEFAULT_QTYPES
-    return tuple(dict.fromkeys(parse_qtype(name, where="--types") for name in args.types.split(",")))
+    qtypes = tuple(dict.fromkeys(parse_qtype(name, where="--types") for name in args.types.split(",")))
+    plain = [qtype.name for qtype in qtypes if qtype in PLAIN_DTYPES]
+    if plain:
+        hint = "Leave it out; the source's own precision is always among the candidates."
+        raise GGUFError(f"--types: {plain[0]} quantizes nothing", hint=hint)
+    return qtypes
 
 
 def model_name(src: Path) -> str:

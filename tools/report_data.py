@@ -28,7 +28,7 @@ SAME_SIZE = 0.02  # part by which a file may be smaller than the fixed type that
 NUMBER = re.compile(r"(?<!\d)\d+\.")
 # Which candidate stands for a type: of the weightings that were measured for it the first of these.
 WITHOUT_IMATRIX = (Weighting.NONE, Weighting.FULL, Weighting.ROOT)
-WITH_IMATRIX = (Weighting.FULL, Weighting.NONE, Weighting.ROOT)
+WITH_IMATRIX = (Weighting.MIXED, Weighting.FULL, Weighting.NONE, Weighting.ROOT)
 
 
 @dataclass(frozen=True)

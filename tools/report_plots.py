@@ -86,7 +86,7 @@ def predicted_series(
             found.append(Series(label, best, color))
     for label, group, marker, filled in (
         ("fixed types", fixed, "o", False),
-        ("fixed types, weighted by the importance matrix", fixed_with_imatrix, "^", False),
+        ("fixed types, as the importance matrix serves them best", fixed_with_imatrix, "^", False),
     ):
         if points := _points(group):
             found.append(Series(f"predicted: {label}", points, MUTED, marker, filled, named=group is fixed))

@@ -13,7 +13,8 @@ import tiny
 import torch
 from gguf_kit import collector, nodes_imatrix
 from gguf_kit.errors import BadFile, GGUFError
-from gguf_kit.host.collector import linear_layers
+from gguf_kit.host.collect_rows import RecordedRows, first_choice
+from gguf_kit.host.collector import SquareSums, linear_layers
 from gguf_kit.quantize.imatrix import read_imatrix
 
 FILE = "imatrix/test.imatrix.gguf"
@@ -146,7 +147,48 @@ def test_layers_that_the_host_quantized_are_layers_too(output):
     assert len(linear_layers(network_of(patcher))) == 40
 
 
+def test_sums_are_exact_whatever_number_of_rows_each_call_has():
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        squares, calls = SquareSums(), []
+        for n_rows in (1, 3, 700, 2, 701):
+            calls.append((torch.randn(n_rows, 512, generator=generator) * 3).to(dtype))
+            squares.add(calls[-1])
+        expected = torch.cat(calls).double().square().sum(0)
+        assert tiny.relative(squares.total().double(), expected) < EXACT
+    squares = SquareSums()
+    squares.add(torch.full((2, 4), 65504.0, dtype=torch.float16))  # the squares are no float16
+    assert squares.total().tolist() == [2 * 65504.0**2] * 4
+
+
+def test_a_schedule_without_a_step_is_no_sampling(output):
+    file = collector.ImatrixFile(lambda: output / "x.imatrix.gguf", fresh=False)
+    latent = torch.zeros(1)
+    assert collector.Collector(file, 8, 1)(lambda *args: latent, SimpleNamespace(), torch.tensor([0.5])) is latent
+    assert list(output.iterdir()) == []
+
+
 # -- rows --
+
+
+def test_rows_are_spread_over_calls_whether_as_many_as_expected_or_more():
+    for n_expected, n_calls in ((0, 10), (10, 10), (10, 19), (10, 40)):
+        rows = RecordedRows(first_choice(16, n_expected))
+        for call in range(n_calls):
+            rows.offer(torch.full((100, 1), float(call)))
+        calls = rows.result().flatten().int().tolist()
+        assert len(calls) == 16
+        assert calls == sorted(calls)
+        halves = sum(call < n_calls / 2 for call in calls)
+        assert 6 <= halves <= 10, (n_expected, n_calls)
+
+
+def test_rows_of_fewer_calls_than_expected_are_kept():
+    rows = RecordedRows(first_choice(16, 8))
+    taken = [rows.offer(torch.zeros(100, 1)) // 4 for _ in range(4)]
+    assert all(1 <= n <= 3 for n in taken)  # not 16 at once, of which most would go again
+    assert len(rows.result()) == sum(taken)
+    assert RecordedRows(first_choice(16, 8)).result() is None
 
 
 def test_rows_are_inputs_of_all_steps_and_of_prompt_and_negative(output):
@@ -238,6 +280,18 @@ def test_a_file_without_a_layer_of_the_model_is_refused(output):
         file.check({"img_in.weight": 4})
 
 
+def test_what_another_node_has_written_meanwhile_is_added_to(output):
+    one, other = (collector.ImatrixFile(lambda: output / "x.imatrix.gguf", fresh=False) for _ in range(2))
+    entry = collector.Entry(torch.ones(1, 4), torch.ones(1))
+    for file in (one, one, other, one, other):
+        file.add({"a.weight": entry}, 0)
+    found = read_imatrix(output / "x.imatrix.gguf").entries["a.weight"]
+    assert (found.counts.tolist(), found.sums.tolist()) == ([5], [[5] * 4])
+    (output / "x.imatrix.gguf").unlink()
+    one.add({"a.weight": entry}, 0)
+    assert read_imatrix(output / "x.imatrix.gguf").entries["a.weight"].counts.tolist() == [1]
+
+
 def test_what_is_no_importance_matrix_is_refused_and_kept(output):
     path = output / FILE
     path.parent.mkdir()
@@ -312,14 +366,16 @@ def test_a_compiled_model_is_listened_to(output):
 def test_under_dynamic_vram_the_same_is_recorded(tiny_flux, output, monkeypatch, resident):
     import fake_vram
 
-    path = tiny_flux("Q4_K_S")
+    every_layer, path = collector.linear_layers, tiny_flux("Q4_K_S")
+    some = ("img_in", "double_blocks.1.img_mlp.0", "single_blocks.2.linear2", "final_layer.linear")
+    monkeypatch.setattr(collector, "linear_layers", lambda n: {k: m for k, m in every_layer(n).items() if k in some})
     collecting.sample(collect(tiny.quantized_model(path), "classic", calls=1), steps=1)
     fake_vram.install(monkeypatch).resident = resident
     patcher = tiny.quantized_model(path)
     assert patcher.is_dynamic()
     collecting.sample(collect(patcher, "dynamic", calls=1), steps=1)
     classic, dynamic = (read_imatrix(output / f"{name}.imatrix.gguf").entries for name in ("classic", "dynamic"))
-    assert classic.keys() == dynamic.keys()
+    assert classic.keys() == dynamic.keys() == {f"{name}.weight" for name in some}
     for name, entry in dynamic.items():
         assert tiny.relative(entry.sums, classic[name].sums) < EXACT, name
         assert entry.gain == pytest.approx(classic[name].gain, rel=1e-3), name

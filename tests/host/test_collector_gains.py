@@ -140,6 +140,20 @@ def test_prompt_and_negative_apart_give_what_they_give_in_one_batch(tmp_path, on
     assert calls == [2, 4]
 
 
+def test_of_two_collectors_in_a_row_none_records_what_the_other_measures(tmp_path, only_some_layers):
+    patcher, paths = collecting.dense_model(), [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+    for path in paths:
+        patcher = collector.collect(patcher, collector.ImatrixFile(lambda path=path: path, fresh=False), 0, 1)
+    collecting.sample(patcher, steps=1)
+    a, b = (read_imatrix(path).entries for path in paths)
+    assert a.keys() == b.keys()
+    assert len(a) == len(LAYERS)
+    for name in a:
+        assert torch.equal(a[name].counts, b[name].counts), name
+        assert torch.equal(a[name].sums, b[name].sums), name
+        assert (a[name].gain, a[name].gain_calls) == (b[name].gain, 1), name
+
+
 def test_gains_average_over_samplings(tmp_path, only_some_layers):
     patcher = collecting.dense_model()
     one = gains_of(patcher, tmp_path / "a.gguf", 1, rows=(3,))
@@ -217,6 +231,18 @@ def test_a_model_that_does_not_repeat_itself_is_not_measured(tmp_path, only_some
         found = gains_of(patcher, tmp_path / "a.gguf", 1)
     assert set(found.values()) == {None}
     assert "Sensitivity is not measured: the model gives other results" in caplog.text
+
+
+def test_without_memory_for_gains_the_rest_is_recorded(tmp_path, only_some_layers, monkeypatch, caplog):
+    def fail(*args):
+        raise comfy.model_management.OOM_EXCEPTION("no memory")
+
+    monkeypatch.setattr(collector, "measure_gains", fail)
+    with caplog.at_level(logging.WARNING, "gguf_kit"):
+        found = gains_of(collecting.dense_model(), tmp_path / "a.gguf", 1)
+    assert found
+    assert set(found.values()) == {None}
+    assert "no memory to measure sensitivity" in caplog.text
 
 
 def test_measuring_can_be_cancelled_between_layers_and_records_nothing_then(tmp_path, only_some_layers, monkeypatch):

@@ -25,6 +25,7 @@ from gguf_kit.host.lora import patch_weight
 from gguf_kit.quantize import convert as convert_module
 from gguf_kit.quantize.plan import Choices, make_plan
 from gguf_kit.quantize.sources import Source
+from gguf_kit.quantize.writer import NO_ROOM_HINT
 from make_files import quantize_with_ggml
 
 
@@ -404,7 +405,7 @@ def test_ggml_is_used_when_it_was_built_and_nothing_is_built(tiny_flux, output, 
 
 def test_messages_for_the_command_line_say_what_to_do_in_a_node(tiny_flux, output, monkeypatch):
     def full(*_, **__):
-        raise GGUFError("the disk is full", path="m.gguf", hint="Free some space, or write elsewhere with --dst.")
+        raise GGUFError("the disk is full", path="m.gguf", hint=NO_ROOM_HINT)
 
     monkeypatch.setattr(saver, "convert", full)
     with pytest.raises(GGUFError, match=r"^m\.gguf: the disk is full\. Free some space, or start ComfyUI with"):

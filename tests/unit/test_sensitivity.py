@@ -139,7 +139,7 @@ def test_a_mixture_is_judged_by_inputs_that_did_not_choose_it(tmp_path, engine):
 
 def test_without_an_importance_matrix_all_columns_count_the_same(tmp_path, engine):
     state = small_model()
-    costs = costs_of(tmp_path, state, engine)[DOWN]
+    costs = costs_of(tmp_path, state, engine, qtypes=[QType.IQ2_XXS, QType.Q4_K])[DOWN]
     inputs = torch.eye(2 * COLUMNS) * (2 * COLUMNS) ** 0.5
     expected = by_definition(state[DOWN], QType.Q4_K, None, inputs)
     assert errors_of(costs)[QType.Q4_K, NONE] == pytest.approx(expected, rel=1e-5)

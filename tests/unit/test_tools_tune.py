@@ -201,6 +201,7 @@ def test_sizes_are_read_as_people_write_them(text, size):
         (("--target-bpw", "1"), "the smallest has"),
         (("--max-error", "-1"), "--max-error -1 is not"),
         (("--max-size", "1MB", "--types", "Q4_K,Q9"), "--types: 'Q9' is no type of tensors"),
+        (("--max-size", "1MB", "--types", "Q4_K,I8"), "--types: I8 quantizes nothing"),
         (("--max-size", "1MB", "--types", "IQ3_S", "--engine", "torch"), "the torch engine cannot make IQ3_S"),
         (("--max-size", "1MB", "--sample-rows", "1"), "1 sample rows are too few"),
         (("--max-size", "1MB", "--imatrix", "none.gguf"), "none.gguf: there is no such file"),
