@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -87,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_out(json.dumps({"path": str(path)} | tuned.as_json()) + "\n")
     else:
-        write_out("\n".join([describe(tuned.plan, path, tuned.file_bytes), *result_lines(tuned)]) + "\n")
+        lines = [describe(tuned.plan, path, tuned.file_bytes), *result_lines(tuned), next_line(args, path)]
+        write_out("\n".join(lines) + "\n")
     return 0
 
 
@@ -144,6 +146,13 @@ def result_lines(tuned: Tuned) -> list[str]:
     lines = [tuned.error_line(), tuned.gains_line()]
     lines += [f"weighting by the importance matrix: {weightings}"] if tuned.task.imatrix and counts else []
     return lines + ([tuned.fixed_line()] if tuned.fixed else [])
+
+
+def next_line(args: argparse.Namespace, recipe: Path) -> str:
+    """The command that makes the file."""
+    imatrix = ["--imatrix", str(args.imatrix)] if args.imatrix else []
+    command = ["python", "tools/convert.py", "--src", str(args.src), *imatrix, "--recipe", str(recipe)]
+    return f"now: {shlex.join(command)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,10 @@ def test_the_table_names_types_errors_and_the_fixed_recipe(folder, capsys):
     ):
         assert part in shown, part
     assert "gains measured for 48 of 48 tensors" in shown
+    command = shlex.split(shown.splitlines()[-1].removeprefix("now: "))
+    assert command[:2] == ["python", "tools/convert.py"]
+    assert convert.main(command[2:]) == 0
+    assert (folder / "model-auto-700KB.gguf").stat().st_size <= 700_000
 
 
 def test_json_is_one_object_with_the_prediction(folder, capsys):
