@@ -112,6 +112,7 @@ def run_model(
     name: str, folder: Path, options: argparse.Namespace, clock: Clock, budget: Budget, report: Report
 ) -> None:
     """One of the models, at each number of tokens."""
+    from gguf_kit.host.patcher import compute_dtype
     from gguf_kit.ops import OpsOptions
     from gguf_kit.service import load_model
 
@@ -124,7 +125,7 @@ def run_model(
     patcher = load_model(str(path), OpsOptions())
     for tokens in sizes:
         inputs = hosted.make_inputs(tokens, clock.device, **widths)
-        dtype = measure.dtype_name(patcher.model.get_dtype_inference())
+        dtype = measure.dtype_name(compute_dtype(patcher.model))
         qtype = options.qtype.name if name == "pair" else QType.Q4_K.name
         shown = tokens if name == "pair" else inputs["c_crossattn"].shape[1] + TINY_TOKENS
         fields = {"model": name, "qtype": qtype, "dtype": dtype, "tokens": shown, "rows": options.rows}
