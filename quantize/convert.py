@@ -142,7 +142,7 @@ def _importance(conversion: Conversion, tensor: PlannedTensor) -> torch.Tensor |
 
 
 def _recorded_rows(conversion: Conversion, tensor: PlannedTensor) -> torch.Tensor | None:
-    """Inputs (n, n_columns) by which a matrix is put together of pieces; None: it is encoded as a whole."""
+    """Inputs (n, n_columns) by which a matrix is put together of blocks; None: it is encoded as a whole."""
     if tensor.weighting is not Weighting.MIXED or tensor.qtype in PLAIN_DTYPES:
         return None
     entry = conversion.imatrix.entries.get(tensor.name) if conversion.imatrix else None

@@ -44,7 +44,7 @@ class Weighting(enum.Enum):
     """How importance weighs the columns of a matrix while it is encoded.
 
     FULL is what ggml does with an importance matrix. Which one gives the least error differs from matrix to matrix.
-    MIXED takes for each piece of each row what suits the recorded rows best (mixed.py).
+    MIXED takes for each block of each row what suits the recorded rows best (mixed.py).
     """
 
     NONE = "none"

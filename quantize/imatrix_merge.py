@@ -69,7 +69,7 @@ def reduce_imatrix(imatrix: Imatrix, weightings: Mapping[str, Weighting]) -> Ima
     for name, entry in imatrix.entries.items():
         weighting = weightings.get(name, Weighting.FULL)
         if weighting is Weighting.MIXED:
-            problem = f"the recipe mixes the pieces of '{plain_text(name)}' in a way that no importance matrix can say"
+            problem = f"the recipe mixes the blocks of '{plain_text(name)}' in a way that no importance matrix can say"
             raise GGUFError(problem, path=imatrix.path, subject=name, hint="Tune with one without rows.")
         weights = weighting.apply(entry.means)
         if weights is not None:

@@ -43,7 +43,7 @@ from .weight_samples import Estimate, Inputs, Sample, spread_rows
 # Slowest first, so that no thread is left alone with a long one at the end.
 DEFAULT_QTYPES = (
     QType.IQ2_XXS, QType.IQ2_XS, QType.IQ2_S, QType.IQ3_XXS, QType.IQ3_S, QType.IQ4_XS, QType.IQ4_NL, QType.Q2_K,
-    QType.Q4_K, QType.Q5_K, QType.Q3_K, QType.Q6_K, QType.Q8_0,
+    QType.Q4_K, QType.Q5_K, QType.Q3_K, QType.Q6_K, QType.Q5_1, QType.Q5_0, QType.Q4_1, QType.Q4_0, QType.Q8_0,
 )  # fmt: skip
 # Beside SMALL_BLOCK_TYPES for rows that are no multiple of 256: the only type of 4.5 bits that is no IQ type.
 SMALL_ROW_QTYPES = (QType.Q4_0,)

@@ -23,7 +23,7 @@ from .imatrix import Weighting
 CHUNK_WEIGHTS = 2**20  # at work at a time in each thread: 4 MB as float32
 DEVICE_CHUNK_WEIGHTS = 2**25
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, modulo 1, fill the range without ever repeating
-METHOD = 3  # part of each key; a new number makes what was measured before void
+METHOD = 4  # part of each key; a new number makes what was measured before void
 
 
 class Estimate(NamedTuple):

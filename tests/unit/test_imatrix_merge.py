@@ -148,5 +148,5 @@ def test_a_recipe_that_weighs_nothing_is_refused():
 
 
 def test_a_mixed_weighting_is_refused_since_no_importance_matrix_stands_for_it():
-    with pytest.raises(GGUFError, match=r"^made\.gguf: the recipe mixes the pieces of 'b' in a way that no importance"):
+    with pytest.raises(GGUFError, match=r"^made\.gguf: the recipe mixes the blocks of 'b' in a way that no importance"):
         reduce_imatrix(make_imatrix({"a": make_entry(), "b": make_entry()}), {"b": Weighting.MIXED})
