@@ -21,7 +21,7 @@ from .encode import Engine, encode_rows
 from .ggml import requires_imatrix
 from .weight_samples import Inputs
 
-SWEEPS = 4
+SWEEPS = 2  # a third changes a few percent of the blocks, and the error by one or two
 # Part of the weight that goes to the mean squares alone: recorded inputs are few, and say too much of how columns move
 # together.
 SHRINKAGE = 0.05
