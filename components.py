@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files in, the host's objects out, for all that is neither a diffusion model nor a text encoder.
 
-VAEs, CLIP vision models, ControlNets, LoRAs, model patches and latent upscale models. Where the host lets us choose
-the layers of a kind, weights stay quantized in memory; else they are dequantized as they are read, and a line of the
-log says so.
+VAEs, CLIP vision models, ControlNets, LoRAs, model patches, latent upscale models. Where the host lets us choose the
+layers of a kind, weights stay quantized in memory; else they are dequantized as they are read, and the log says so.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from .errors import UnsupportedArch
 from .host.compat import accepted, host_version, is_quantized, wrap
 from .host.layer import QuantizedLayer
 from .host.node_functions import find_loader, run_loader
+from .host.page import progress
 from .host.patcher import adopt
 from .loader import LoadInfo, load_component
 from .models import kinds
@@ -57,14 +57,19 @@ _NOT_NEEDED = frozenset({"encoder.mean", "encoder.std", "embeddings.mask_token"}
 
 
 def to_floats(values: StateDict, dtype: torch.dtype = torch.float32, *, own_memory: bool = False) -> Tensors:
-    """A state dict without quantized weights: those in `dtype`, all others as stored.
+    """A state dict without quantized weights: those in `dtype`, all others as stored; moves a progress bar.
 
     Args:
         own_memory: nothing is a view of the file, for code that computes in place.
     """
-    floats = {key: v.dequantize(dtype) if isinstance(v, QuantizedBytes) else v for key, v in values.items()}
-    if own_memory:
-        floats = {key: f if isinstance(values[key], QuantizedBytes) else f.clone() for key, f in floats.items()}
+    advance = progress(sum(value.data.numel() for value in values.values() if isinstance(value, QuantizedBytes)))
+    floats: Tensors = {}
+    for key, value in values.items():
+        if not isinstance(value, QuantizedBytes):
+            floats[key] = value.clone() if own_memory else value
+            continue
+        floats[key] = value.dequantize(dtype)
+        advance(value.data.numel())
     return floats
 
 

@@ -11,7 +11,11 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from gguf.constants import LlamaFileType
 
 from .errors import UnsupportedArch, name_list, plain_text
 from .gguf_file import GGUFFile
@@ -41,8 +45,9 @@ class LoadInfo:
         arch: its `general.architecture`, "" if it has none.
         title: what its tensors say it is, "unrecognised model" if nothing known.
         n_weights: number of weights, n_bytes: their bytes in the file.
-        qtypes: number of tensors of each qtype.
+        qtypes: number of tensors of each qtype, type_bytes: their bytes in the file.
         metadata: what was carried along from the model's safetensors file.
+        file_type: name of its `general.file_type`, such as Q4_K_S, "" if it has none that is known.
         family: title of the text encoder's entry if it has llama.cpp's names, else "".
         vision: the file of its vision part, "" without one.
         cut: keys that may be only the beginning of the model's own; see repairs.complete_keys().
@@ -55,7 +60,9 @@ class LoadInfo:
     n_weights: int
     n_bytes: int
     qtypes: Mapping[str, int]
+    type_bytes: Mapping[str, int]
     metadata: Mapping[str, str]
+    file_type: str = ""
     family: str = ""
     vision: str = ""
     cut: frozenset[str] = frozenset()
@@ -71,6 +78,21 @@ class LoadInfo:
             f"{sum(self.qtypes.values())} tensors ({types}), {self.n_weights / 1e9:.3g} G weights, "
             f"{8 * self.n_bytes / max(self.n_weights, 1):.2f} bits per weight"
         )
+
+
+# LoadInfos of what is loaded inside loaded_files(), in this thread.
+_loaded: ContextVar[list[LoadInfo] | None] = ContextVar("loaded", default=None)
+
+
+@contextmanager
+def loaded_files() -> Iterator[list[LoadInfo]]:
+    """A list that the functions below add to, inside the block, what they have loaded."""
+    infos: list[LoadInfo] = []
+    token = _loaded.set(infos)
+    try:
+        yield infos
+    finally:
+        _loaded.reset(token)
 
 
 def load_diffusion_model(
@@ -202,8 +224,7 @@ def load_text_encoder(
     add_tokenizer(file, encoder.title, encoder.tokenizer, state)
     part = _vision_file(file, encoder, vision)
     state |= vision_part.read(part, file, encoder) if part else vision_part.placeholder(file, encoder)
-    info = _describe(file, names, encoder.title)
-    return state, dataclasses.replace(info, family=encoder.title, vision=part.path if part else "")
+    return state, _describe(file, names, encoder.title, family=encoder.title, vision=str(part.path) if part else "")
 
 
 def load_component(path: str | os.PathLike[str]) -> tuple[StateDict, LoadInfo]:
@@ -321,11 +342,21 @@ def _vision_alone(file: GGUFFile) -> UnsupportedArch:
 
 
 def _describe(
-    file: GGUFFile, names: Mapping[str, str], title: str, extra: tuple[GGUFFile, Mapping[str, str]] | None = None
+    file: GGUFFile,
+    names: Mapping[str, str],
+    title: str,
+    extra: tuple[GGUFFile, Mapping[str, str]] | None = None,
+    *,
+    family: str = "",
+    vision: str = "",
 ) -> LoadInfo:
+    """What has been loaded, said in the log and to loaded_files()."""
     infos = [file.tensors[name] for name in names.values()]
     if extra is not None:
         infos += [extra[0].tensors[name] for name in extra[1].values()]
+    type_bytes: Counter[str] = Counter()
+    for tensor in infos:
+        type_bytes[tensor.qtype.name] += tensor.n_bytes
     info = LoadInfo(
         path=str(file.path),
         arch=plain_text(file.arch),
@@ -333,9 +364,25 @@ def _describe(
         n_weights=sum(math.prod(t.shape) for t in infos),
         n_bytes=sum(t.n_bytes for t in infos),
         qtypes=dict(Counter(t.qtype.name for t in infos).most_common()),
+        type_bytes=type_bytes,
         metadata=file.carried_metadata(),
+        file_type=_file_type(file),
+        family=family,
+        vision=vision,
         extra=str(extra[0].path) if extra else "",
         extra_keys=frozenset(extra[1]) if extra else frozenset(),
     )
     log.info(info.summary())
+    heard = _loaded.get()
+    if heard is not None:
+        heard.append(info)
     return info
+
+
+def _file_type(file: GGUFFile) -> str:
+    """What the file says of its types, such as Q4_K_S."""
+    value = file.metadata.get("general.file_type")
+    if not isinstance(value, int) or value not in LlamaFileType._value2member_map_:  # or one of another program
+        return ""
+    name = LlamaFileType(value).name
+    return name.removeprefix("MOSTLY_").removeprefix("ALL_")

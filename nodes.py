@@ -16,6 +16,7 @@ import torch
 from . import nodes_checkpoint, nodes_components, nodes_imatrix, nodes_save
 from .folders import FileNames, existing_file, file_state, find_file, list_files, register_folders
 from .loader import AUTO, NONE
+from .node_text import described
 from .ops import OpsOptions
 from .service import FIXED_TYPES, VISION_CHOICES, clip_types, load_clip, load_model
 
@@ -51,8 +52,23 @@ class UnetLoaderGGUF:
         }
 
     RETURN_TYPES = ("MODEL",)
+    OUTPUT_TOOLTIPS = ("The diffusion model, for LoRAs and samplers.",)
     FUNCTION = "load_unet"
     CATEGORY = "loaders/gguf"
+    SEARCH_ALIASES: tuple[str, ...] = (
+        "gguf",
+        "gguf loader",
+        "load gguf",
+        "unet",
+        "unet gguf",
+        "load diffusion model",
+        "diffusion model",
+        "load model",
+        "model loader",
+        "quant",
+        "quantized",
+        "quantization",
+    )
     DESCRIPTION = (
         "Load a GGUF diffusion model. Its weights stay quantized in memory and are dequantized as they are used."
     )
@@ -80,7 +96,8 @@ class UnetLoaderGGUF:
         extra = existing_file("unet_gguf", extra_name) if extra_name and extra_name != NONE else None
         dtype = _DTYPES.get(compute_dtype or "default")
         keep_bytes = (keep_dequantized_mb or 0) << 20
-        return (load_model(existing_file("unet_gguf", unet_name), options, extra, dtype, keep_bytes),)
+        with described():
+            return (load_model(existing_file("unet_gguf", unet_name), options, extra, dtype, keep_bytes),)
 
 
 class UnetLoaderGGUFAdvanced(UnetLoaderGGUF):
@@ -129,6 +146,7 @@ class UnetLoaderGGUFAdvanced(UnetLoaderGGUF):
         return inputs
 
     DESCRIPTION = "Load a GGUF diffusion model and choose how its weights and LoRAs are computed."
+    SEARCH_ALIASES = (*UnetLoaderGGUF.SEARCH_ALIASES, "advanced", "dequantize", "compute dtype")
 
 
 def _file_input(names: list[str], folders: str) -> tuple[list[str], dict[str, Any]]:
@@ -166,9 +184,27 @@ class CLIPLoaderGGUF:
         return ["clip_name"] if cls.N_FILES == 1 else [f"clip_name{i + 1}" for i in range(cls.N_FILES)]
 
     RETURN_TYPES = ("CLIP",)
+    OUTPUT_TOOLTIPS = ("The text encoders, for nodes that encode a prompt.",)
     FUNCTION = "load_clip"
     CATEGORY = "loaders/gguf"
-    DESCRIPTION = "Load text encoders from GGUF or safetensors files, in any mix."
+    SEARCH_ALIASES: tuple[str, ...] = (
+        "gguf",
+        "gguf loader",
+        "clip gguf",
+        "clip loader",
+        "load clip",
+        "text encoder",
+        "quant",
+        "quantized",
+        "t5",
+        "umt5",
+        "qwen",
+        "llama",
+        "gemma",
+        "mistral",
+        "mmproj",
+    )
+    DESCRIPTION = "Load a text encoder from a GGUF or safetensors file. Its weights stay quantized in memory."
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> str:  # noqa: N802
@@ -187,7 +223,8 @@ class CLIPLoaderGGUF:
         paths = tuple(_existing_path(names[key]) for key in self._file_inputs())
         vision = vision_name if vision_name in VISION_CHOICES else _existing_path(vision_name)
         type = type or FIXED_TYPES.get(self.N_FILES, clip_types(self.N_FILES))[0]
-        return (load_clip(paths, type, device, vision),)
+        with described():
+            return (load_clip(paths, type, device, vision),)
 
 
 def _vision_states(choice: str | None, paths: list[str | None]) -> list[str]:
@@ -219,18 +256,26 @@ class DualCLIPLoaderGGUF(CLIPLoaderGGUF):
     """Two text encoders, as Flux and SDXL need them."""
 
     N_FILES = 2
+    DESCRIPTION = (
+        "Load two text encoders from GGUF or safetensors files, in any mix and order: Flux, SDXL, HunyuanVideo."
+    )
+    SEARCH_ALIASES = (*CLIPLoaderGGUF.SEARCH_ALIASES, "dual clip", "flux", "sdxl", "hunyuan video")
 
 
 class TripleCLIPLoaderGGUF(CLIPLoaderGGUF):
     """Three text encoders, as SD3 needs them."""
 
     N_FILES = 3
+    DESCRIPTION = "Load three text encoders for SD3 from GGUF or safetensors files, in any mix and order."
+    SEARCH_ALIASES = (*CLIPLoaderGGUF.SEARCH_ALIASES, "triple clip", "sd3")
 
 
 class QuadrupleCLIPLoaderGGUF(CLIPLoaderGGUF):
     """Four text encoders, as HiDream needs them."""
 
     N_FILES = 4
+    DESCRIPTION = "Load four text encoders for HiDream from GGUF or safetensors files, in any mix and order."
+    SEARCH_ALIASES = (*CLIPLoaderGGUF.SEARCH_ALIASES, "quadruple clip", "hidream")
 
 
 NODES = (

@@ -10,6 +10,7 @@ from typing import Any
 
 from .checkpoint import load_whole
 from .folders import existing_file, file_state, find_file, list_files
+from .node_text import described
 
 FOLDER = "checkpoints_gguf"
 
@@ -26,6 +27,16 @@ class CheckpointLoaderGGUF:
     OUTPUT_TOOLTIPS = ("The diffusion model.", "The text encoders.", "The VAE, dequantized when it was loaded.")
     FUNCTION = "load_checkpoint"
     CATEGORY = "loaders/gguf"
+    SEARCH_ALIASES = (
+        "gguf",
+        "gguf loader",
+        "checkpoint",
+        "ckpt",
+        "load checkpoint",
+        "all in one",
+        "quant",
+        "quantized",
+    )
     DESCRIPTION = (
         "Load a GGUF file that holds a diffusion model together with its text encoders and VAE. "
         "The first two stay quantized in memory, the VAE is dequantized at load."
@@ -36,7 +47,8 @@ class CheckpointLoaderGGUF:
         return file_state(find_file(FOLDER, ckpt_name) if ckpt_name else None)
 
     def load_checkpoint(self, ckpt_name: str) -> tuple[Any, Any, Any]:
-        model, clip, vae = load_whole(existing_file(FOLDER, ckpt_name))
+        with described():
+            model, clip, vae = load_whole(existing_file(FOLDER, ckpt_name))
         return model, clip, vae
 
 

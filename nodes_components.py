@@ -19,7 +19,9 @@ from .components import (
     load_vae,
 )
 from .folders import existing_file, file_state, find_file, list_files
+from .node_text import described
 
+_ALIASES = ("gguf", "gguf loader", "quant", "quantized")
 _STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
 _DEQUANTIZED = "ComfyUI takes no quantized {}, so its weights are dequantized as they are read."
 
@@ -54,11 +56,14 @@ class VAELoaderGGUF(_FileNode):
 
     KEY, INPUT, FOLDERS = "vae_gguf", "vae_name", "models/vae"
     RETURN_TYPES = ("VAE",)
+    OUTPUT_TOOLTIPS = ("The VAE, for nodes that encode or decode pictures, video or sound.",)
+    SEARCH_ALIASES = (*_ALIASES, "vae", "load vae", "vae loader", "autoencoder")
     FUNCTION = "load_vae"
     DESCRIPTION = f"Load a VAE from a GGUF file. {_DEQUANTIZED.format('VAE')}"
 
     def load_vae(self, vae_name: str) -> tuple[Any]:
-        return (load_vae(self._path(vae_name)),)
+        with described():
+            return (load_vae(self._path(vae_name)),)
 
 
 class CLIPVisionLoaderGGUF(_FileNode):
@@ -66,11 +71,14 @@ class CLIPVisionLoaderGGUF(_FileNode):
 
     KEY, INPUT, FOLDERS = "clip_vision_gguf", "clip_name", "models/clip_vision"
     RETURN_TYPES = ("CLIP_VISION",)
+    OUTPUT_TOOLTIPS = ("The vision model, for nodes that encode a picture.",)
+    SEARCH_ALIASES = (*_ALIASES, "clip vision", "load clip vision", "siglip", "dino", "image encoder", "ip-adapter")
     FUNCTION = "load_clip"
     DESCRIPTION = f"Load a CLIP vision model from a GGUF file. {_DEQUANTIZED.format('CLIP vision model')}"
 
     def load_clip(self, clip_name: str) -> tuple[Any]:
-        return (load_clip_vision(self._path(clip_name)),)
+        with described():
+            return (load_clip_vision(self._path(clip_name)),)
 
 
 class ControlNetLoaderGGUF(_FileNode):
@@ -84,6 +92,8 @@ class ControlNetLoaderGGUF(_FileNode):
         return {**super().INPUT_TYPES(), "optional": {"model": ("MODEL", {"tooltip": tooltip})}}
 
     RETURN_TYPES = ("CONTROL_NET",)
+    OUTPUT_TOOLTIPS = ("The ControlNet, for nodes that apply it.",)
+    SEARCH_ALIASES = (*_ALIASES, "controlnet", "control net", "load controlnet", "t2i adapter")
     FUNCTION = "load_controlnet"
     DESCRIPTION = (
         "Load a ControlNet from a GGUF file. Its weights stay quantized in memory; those of Control-LoRAs, "
@@ -91,7 +101,8 @@ class ControlNetLoaderGGUF(_FileNode):
     )
 
     def load_controlnet(self, control_net_name: str, model: Any = None) -> tuple[Any]:
-        return (load_controlnet(self._path(control_net_name), model),)
+        with described():
+            return (load_controlnet(self._path(control_net_name), model),)
 
 
 class LoraLoaderGGUF(_FileNode):
@@ -119,6 +130,8 @@ class LoraLoaderGGUF(_FileNode):
         }
 
     RETURN_TYPES: tuple[str, ...] = ("MODEL", "CLIP")
+    OUTPUT_TOOLTIPS: tuple[str, ...] = ("The diffusion model with the LoRA.", "The text encoders with the LoRA.")
+    SEARCH_ALIASES = (*_ALIASES, "lora", "load lora", "apply lora", "lora loader", "dora", "lokr")
     FUNCTION = "load_lora"
     DESCRIPTION = (
         "Apply a LoRA from a GGUF file to a diffusion model and its text encoders. A quantized LoRA is dequantized as "
@@ -140,7 +153,8 @@ class LoraLoaderGGUF(_FileNode):
         file = (path, file_state(path))
         if self._loaded is None or self._loaded[0] != file:
             self._loaded = None  # the last one's memory is free before the next is read
-            self._loaded = (file, load_lora(path))
+            with described():
+                self._loaded = (file, load_lora(path))
         return apply_lora(self._loaded[1], model, clip, strength_model, strength_clip)
 
 
@@ -152,6 +166,7 @@ class LoraLoaderModelOnlyGGUF(LoraLoaderGGUF):
         return {"required": super().INPUT_TYPES()["required"]}
 
     RETURN_TYPES = ("MODEL",)
+    OUTPUT_TOOLTIPS = LoraLoaderGGUF.OUTPUT_TOOLTIPS[:1]
     FUNCTION = "load_lora_model_only"
     DESCRIPTION = "Apply a LoRA from a GGUF file to a diffusion model. A quantized LoRA is dequantized as it is read."
 
@@ -164,11 +179,14 @@ class ModelPatchLoaderGGUF(_FileNode):
 
     KEY, INPUT, FOLDERS = "model_patches_gguf", "name", "models/model_patches"
     RETURN_TYPES = ("MODEL_PATCH",)
+    OUTPUT_TOOLTIPS = ("The model patch, for the node that applies its kind.",)
+    SEARCH_ALIASES = (*_ALIASES, "model patch", "load model patch", "controlnet", "qwen image", "z-image", "multitalk")
     FUNCTION = "load_model_patch"
     DESCRIPTION = "Load a model patch from a GGUF file. Its weights stay quantized in memory."
 
     def load_model_patch(self, name: str) -> tuple[Any]:
-        return (load_model_patch(self._path(name)),)
+        with described():
+            return (load_model_patch(self._path(name)),)
 
 
 class LatentUpscaleModelLoaderGGUF(_FileNode):
@@ -176,11 +194,14 @@ class LatentUpscaleModelLoaderGGUF(_FileNode):
 
     KEY, INPUT, FOLDERS = "latent_upscale_models_gguf", "model_name", "models/latent_upscale_models"
     RETURN_TYPES = ("LATENT_UPSCALE_MODEL",)
+    OUTPUT_TOOLTIPS = ("The upscale model, for nodes that enlarge latents.",)
+    SEARCH_ALIASES = (*_ALIASES, "latent upscale", "upscaler", "upscale model", "hunyuan video", "ltx")
     FUNCTION = "load_model"
     DESCRIPTION = f"Load a latent upscale model from a GGUF file. {_DEQUANTIZED.format('latent upscale model')}"
 
     def load_model(self, model_name: str) -> tuple[Any]:
-        return (load_latent_upscaler(self._path(model_name)),)
+        with described():
+            return (load_latent_upscaler(self._path(model_name)),)
 
 
 NODES = (

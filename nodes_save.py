@@ -27,6 +27,7 @@ RECIPE_TOOLTIP = (
 PREFIX_TOOLTIP = (
     "Beginning of the file's name, below ComfyUI's output folder. Files in its folder {folder} show up in the loaders."
 )
+_ALIASES = ("gguf", "save gguf", "export gguf", "convert", "quant", "quantize", "quantization")
 
 
 class SaveGGUF:
@@ -47,6 +48,7 @@ class SaveGGUF:
     OUTPUT_NODE = True
     CATEGORY = "advanced/model_merging"
     DESCRIPTION = "Save a diffusion model as GGUF. LoRAs and merges become part of its weights."
+    SEARCH_ALIASES = (*_ALIASES, "save model", "model save", "unet")
 
     def save(self, model: Any, filename_prefix: str, type: str, recipe: str = "") -> dict[str, Any]:
         save_model(model, output_path(filename_prefix, type), type, recipe)
@@ -74,6 +76,7 @@ class SaveGGUFCLIP:
         "Save text encoders as GGUF, one file for each, with the tokenizer and the part that sees pictures. "
         "LoRAs and merges become part of their weights."
     )
+    SEARCH_ALIASES = (*_ALIASES, "save clip", "clip save", "text encoder")
 
     def save(self, clip: Any, filename_prefix: str, type: str, recipe: str = "") -> dict[str, Any]:
         save_clip(clip, lambda name: output_path(f"{filename_prefix}_{name}", type), type, recipe)

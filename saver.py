@@ -24,7 +24,6 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
-import comfy.utils
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from safetensors import SafetensorError, safe_open
@@ -33,6 +32,7 @@ from .dequant import PLAIN_DTYPES
 from .errors import GGUFError, UnsupportedArch, name_list, plain_text
 from .host.compat import dequantize_weight, is_quantized
 from .host.lora import MODEL_PREFIX, PatchList, patch_weight
+from .host.page import progress
 from .models import archs
 from .models.repairs import rename_norms
 from .models.split_files import open_gguf
@@ -411,10 +411,5 @@ def _make_room(engine: Engine, plan: Plan) -> None:
 
 
 def _progress(plan: Plan) -> Callable[[PlannedTensor, int], None]:
-    bar = comfy.utils.ProgressBar(plan.data_bytes)
-
-    def update(_: PlannedTensor, n_bytes: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update(n_bytes)
-
-    return update
+    advance = progress(plan.data_bytes)
+    return lambda _, n_bytes: advance(n_bytes)

@@ -27,6 +27,7 @@ from .host.advice import log_advice
 from .host.compat import accepted, host_version, wrap
 from .host.lora import MODEL_PREFIX
 from .host.native import prepare_state
+from .host.page import progress
 from .host.patcher import adopt, compute_dtype
 from .loader import AUTO, NONE, LoadInfo, load_diffusion_model, load_text_encoder
 from .models import kinds
@@ -253,7 +254,8 @@ def load_clip(
     options: dict[str, Any] = {"custom_operations": make_ops()}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
-    states, infos = map(list, zip(*(_text_encoder(path, vision) for path in paths), strict=True))
+    advance = progress(len(paths) + 1)  # steps of a load that takes seconds: each file, and what is made of them
+    states, infos = map(list, zip(*(_text_encoder(path, vision, advance) for path in paths), strict=True))
     if vision not in VISION_CHOICES and not any(info and info.vision for info in infos):
         raise _vision_for_nothing(vision)
     clip_type = _clip_type(paths, type_name, states, infos)
@@ -262,6 +264,7 @@ def load_clip(
     ours = [state if info else {} for state, info in zip(states, infos, strict=True)]  # the rest is as the host has it
     text_encoders.restore_floats(clip.cond_stage_model, ours, exact)
     _check_complete(clip.cond_stage_model, paths, states, infos)
+    advance(1)
     adopt(clip.patcher, (_reload_clip, (tuple(paths), type_name, device, vision)))
     log_advice(clip.patcher.load_device)
     return clip
@@ -309,13 +312,16 @@ def _first_gguf(paths: Sequence[str]) -> str:
     return next((path for path in paths if path.lower().endswith(".gguf")), paths[0])
 
 
-def _text_encoder(path: str, vision: str) -> tuple[dict[str, Any], LoadInfo | None]:
-    """State dict of a file for the host, and what it is if it is GGUF."""
+def _text_encoder(path: str, vision: str, advance: Callable[[int], None]) -> tuple[dict[str, Any], LoadInfo | None]:
+    """State dict of a file for the host, and what it is if it is GGUF; one step of a progress bar."""
+    info: LoadInfo | None = None
     if path.lower().endswith(".gguf"):
-        gguf_state, info = load_text_encoder(path, vision)
-        return to_host(gguf_state), info
-    state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    return prepare_state(state, metadata), None
+        values, info = load_text_encoder(path, vision)
+        state = to_host(values)
+    else:
+        state = prepare_state(*comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True))
+    advance(1)
+    return state, info
 
 
 def _vision_for_nothing(path: str) -> UnsupportedArch:
@@ -365,6 +371,8 @@ def _clip_type(
     paths: Sequence[str], type_name: str, states: Sequence[dict[str, Any]], infos: Sequence[LoadInfo | None]
 ) -> Any:
     """The host's CLIPType for a type, which must fit what the host detects in the files."""
+    # Packs that wrap the nodes hand on a type of their own where the nodes have no such input.
+    type_name = FIXED_TYPES.get(len(paths), (type_name,))[0]
     names = [text_encoders.detect(state) for state in states]
     for path, name, info in zip(paths, names, infos, strict=True):
         families = ENCODERS[name].families if name in ENCODERS else ()

@@ -3,7 +3,6 @@
 
 import os
 import re
-from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
@@ -38,7 +37,6 @@ def folder(tmp_path, monkeypatch):
 
 
 NODES = list(nodes.NODE_CLASS_MAPPINGS)
-DOCS = Path(nodes.__file__).parent / "web" / "docs"
 
 
 def test_the_six_ids_with_their_names_and_inputs_in_order():
@@ -49,34 +47,6 @@ def test_the_six_ids_with_their_names_and_inputs_in_order():
         assert list(node.INPUT_TYPES()["required"]) == inputs
         assert node.CATEGORY == "loaders/gguf"
         assert callable(getattr(node, node.FUNCTION))
-
-
-@pytest.mark.parametrize("node_id", NODES)
-def test_every_node_says_what_it_is_and_takes(node_id):
-    """A title of its own, a category, a description, a tooltip for every input, and a help page that names them all."""
-    node = nodes.NODE_CLASS_MAPPINGS[node_id]
-    titles = nodes.NODE_DISPLAY_NAME_MAPPINGS
-    assert titles.keys() == nodes.NODE_CLASS_MAPPINGS.keys()
-    assert "GGUF" in titles[node_id]
-    assert list(titles.values()).count(titles[node_id]) == 1
-    others = {"SaveGGUF": "advanced/model_merging", "SaveGGUFCLIP": "advanced/model_merging"}
-    assert node.CATEGORY == (others | {"ImatrixCollectorGGUF": "advanced/gguf"}).get(node_id, "loaders/gguf")
-    assert node.DESCRIPTION.endswith(".")
-    assert callable(getattr(node, node.FUNCTION))
-    assert all(options["tooltip"] for group in node.INPUT_TYPES().values() for _, options in group.values())
-    assert page_of(node_id).startswith(f"# {titles[node_id]}\n")
-    # A node that does more than another one explains its own inputs.
-    pages = "".join(page_of(cls.__name__) for cls in node.__mro__ if cls.__name__ in NODES)
-    names = [name for group in node.INPUT_TYPES().values() for name in group]
-    assert [name for name in names if f"**{name.rstrip('1234')}" not in pages] == []
-
-
-def page_of(node_id):
-    return (DOCS / f"{node_id}.md").read_text(encoding="utf-8")
-
-
-def test_no_help_page_is_left_over():
-    assert {path.stem for path in DOCS.glob("*.md")} == set(NODES)
 
 
 def test_clip_types_are_those_of_the_host():
