@@ -14,7 +14,7 @@ import stat
 import sys
 import threading
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -68,6 +68,30 @@ class MappedFile(mmap.mmap):
                 return None
             self._opened = opened
         return self._opened
+
+    def check_unchanged(self) -> None:
+        """Refuse to read on in a file that was written to in place: its bytes are others now, or are no more there.
+
+        A file that was deleted, or replaced by a new one under its name, is still whole for who has it mapped. What is
+        written after this look goes unnoticed; reading behind a new end of the file ends the process on most systems.
+
+        Raises:
+            BadFile: its size or its time of change is another than when it was mapped.
+        """
+        n_bytes = self.size()  # of what is mapped, whatever lies at the path by now
+        try:
+            found = _identity_of(os.stat(self.path))
+        except OSError:
+            found = self._identity
+        is_same = found == self._identity or found[:2] != self._identity[:2]
+        if is_same and n_bytes == len(self):
+            return
+        change = "was written to" if n_bytes == len(self) else f"went from {len(self)} to {n_bytes} bytes"
+        hint = "Run the workflow again to load it anew; replace model files by renaming new ones over them."
+        raise BadFile(f"the file {change} while its model was loaded", path=self.path, hint=hint)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MappedFile:
+        return self  # nothing writes to it, so copies of a model may share it
 
     def release_pages(self) -> bool:
         """Take all pages read so far out of the process; they stay in the system's cache and come back when read."""

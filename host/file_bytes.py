@@ -8,12 +8,14 @@
   would become a copy that stays when it is unpinned. The copy is made one weight at a time, where the host pins at all
   and RAM is left; it goes when the weight is loaded or unpinned. Otherwise the weight stays in the map: pin(), unpin().
 - What was read through the map is given back once a model is on its device: release_pages().
+- A file that somebody writes to while it is mapped is noticed before each load and each step: check_files().
 
 With ComfyUI's --disable-mmap no parameter lies in a map, and none of this applies.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +33,7 @@ except ImportError:  # a host without dynamic VRAM
 
 # What pinned copies leave free, as newer hosts' own do.
 RAM_HEADROOM = 2 << 30
+_FILES = "_gguf_files"  # of a model: the maps that its parameters lie in, for check_files()
 _HOME = "_gguf_home"  # of a parameter: the one over the map that it is a copy of
 
 
@@ -45,6 +48,7 @@ def settle(model: torch.nn.Module) -> None:
         _replace(model, offer_file_slice)
     elif getattr(comfy.utils, "DISABLE_MMAP", False):
         _replace(model, lambda raw: raw if file_range(raw) is None else raw.clone())
+    setattr(model, _FILES, weakref.WeakSet(mapped_files(model)))
 
 
 def offer_file_slice(raw: torch.Tensor) -> torch.Tensor:
@@ -131,6 +135,17 @@ def mapped_files(model: torch.nn.Module) -> set[MappedFile]:
     """The files that a model's parameters lie in, or will come back to."""
     found = (file_range(_raw(getattr(value, _HOME, value))) for _, _, value in _parameters(model))
     return {place.file for place in found if place is not None}
+
+
+def check_files(model: torch.nn.Module) -> None:
+    """Refuse to compute with a model whose file was written to in place since it was loaded.
+
+    Raises:
+        BadFile: naming the file.
+    """
+    files: weakref.WeakSet[MappedFile] = getattr(model, _FILES, weakref.WeakSet())
+    for file in files:
+        file.check_unchanged()
 
 
 def _raw(value: Any) -> torch.Tensor:

@@ -19,10 +19,10 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from .compat import accepted, is_quantized, quantized_modules
-from .file_bytes import own_copy, pin, release_pages, settle, unpin
+from .file_bytes import check_files, own_copy, pin, release_pages, settle, unpin
 from .kept_factors import ExpectedFactors, drop_factors
 from .kept_weights import KeptWeights
 from .lora import PatchRef, is_patch
@@ -75,6 +75,11 @@ class GGUFPatcher(comfy.model_patcher.ModelPatcher):
             for _, module in quantized_modules(self.model):
                 module._loaded_patch = None
         super().unpatch_model(device_to, unpatch_weights)
+
+    def partially_load(self, *args: Any, **kwargs: Any) -> Any:
+        """What the host does before a model is used, loaded or not."""
+        check_files(self.model)
+        return super().partially_load(*args, **kwargs)
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False) -> float:
         """Kept weights go first and do not come back before the next load: bytes that are offloaded cost more."""
@@ -183,15 +188,28 @@ def adopt(patcher: Any, reload: tuple[Callable[..., Any], tuple[Any, ...]], keep
     patcher.model._gguf_expected = expected
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, _convert_clone)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, _CALLBACK_KEY, lambda _, clone: expected.add(clone))
+    patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY, _check_loaded)
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY, _prepare_patches)
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY, _keep_weights)
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _CALLBACK_KEY, _release_pages)
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _CALLBACK_KEY, _drop_factors)
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _CALLBACK_KEY, _drop_kept)
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, _CALLBACK_KEY, _drop_kept_of_dynamic)
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _CALLBACK_KEY, _check_step)
     _reserve_memory(patcher.model, not isinstance(patcher, GGUFPatcher), expected)
     _save_lazily(patcher.model)
     mark_scaled_fp8(patcher.model)
+
+
+def _check_loaded(patcher: Any, *others: Any) -> None:
+    """After a load: what was read may have come from a file that was just being written."""
+    check_files(patcher.model)
+
+
+def _check_step(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around a step of sampling: some seconds may have passed since the load, or the host has loaded by itself."""
+    check_files(executor.class_obj)
+    return executor(*args, **kwargs)
 
 
 def _convert_clone(patcher: Any, clone: Any) -> None:

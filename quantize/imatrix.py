@@ -279,7 +279,7 @@ def _read_rows(path: Path, file: GGUFFile, name: str) -> torch.Tensor | None:
     info = _find(path, file, name + ROWS, QType.BF16)
     if info is None or not info.n_bytes:
         return None
-    if len(info.shape) > 2:
+    if len(info.shape) not in (1, 2):
         raise _bad_entry(path, name, f"has rows of shape {info.shape}, expected two dimensions")
     return file.data(info.name).view(torch.bfloat16).reshape(-1, info.shape[-1])
 

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors over a mapped file tell where their bytes lie, and the map gives back what was read of it."""
 
+import copy
 import gc
 import os
 import sys
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from gguf_kit.errors import BadFile
 from gguf_kit.mapped_file import MappedFile, file_range, map_file
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -79,6 +82,55 @@ def test_a_file_that_has_changed_is_not_opened(mapped: MappedFile, content: byte
         path.unlink()
     assert mapped.open() is None
     assert mapped.tensor(0, 10).untyped_storage().nbytes() == 10
+
+
+def lengthen(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def rewrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"\xff")
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the system refuses this while the file is mapped")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: os.truncate(path, 100), "went from 4096 to 100 bytes"),
+        (lengthen, "went from 4096 to 4100 bytes"),
+        (rewrite, "was written to"),
+        (lambda path: (os.truncate(path, 100), path.unlink()), "went from 4096 to 100 bytes"),
+    ],
+    ids=["shorter", "longer", "rewritten", "shorter and gone"],
+)
+def test_a_file_that_was_written_to_is_refused(mapped: MappedFile, change: Callable[[Path], object], said: str) -> None:
+    mapped.check_unchanged()
+    change(Path(mapped.path))
+    with pytest.raises(BadFile, match=rf"^file: the file {said} while its model was loaded\. Run the workflow again"):
+        mapped.check_unchanged()
+
+
+@pytest.mark.parametrize("change", ["replaced", "gone", "renamed", "read"])
+def test_a_file_that_is_whole_under_another_name_or_none_is_as_good(mapped: MappedFile, change: str) -> None:
+    path = Path(mapped.path)
+    if change == "replaced":
+        path.with_name("other").write_bytes(b"shorter")
+        path.with_name("other").replace(path)
+    elif change == "gone":
+        path.unlink()
+    elif change == "renamed":
+        path.rename(path.with_name("other"))
+    else:
+        path.read_bytes()
+        os.utime(path, ns=(10**18, path.stat().st_mtime_ns))
+    mapped.check_unchanged()
+
+
+def test_copies_of_a_model_share_the_map(mapped: MappedFile) -> None:
+    assert copy.deepcopy(mapped) is mapped
 
 
 def test_the_map_goes_with_its_last_tensor(mapped: MappedFile) -> None:
