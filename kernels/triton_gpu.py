@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import linecache
 import os
+import types
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.abc import InspectLoader
 from typing import Any
 
 import torch
@@ -135,17 +137,35 @@ def _compiled(layout: Layout, itemsize: int, alignment: int) -> tuple[Kernel, An
     return _functions[key]
 
 
+class _KernelLoader(InspectLoader):
+    """Python's import system, reading a module that triton_source.py has written."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def get_filename(self) -> str:
+        return f"<gguf_kit {self._kernel.name}>"
+
+    def get_source(self, fullname: str) -> str:
+        return self._kernel.source
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self._kernel.source, self.get_filename())
+
+
 def _define(kernel: Kernel) -> Any:
     """Make a Triton function of a kernel's source. Triton reads sources back through linecache."""
     import triton
     import triton.language as tl
 
-    file_name = f"<gguf_kit {kernel.name}>"
+    loader = _KernelLoader(kernel)
+    file_name = loader.get_filename()
     linecache.cache[file_name] = (len(kernel.source), None, kernel.source.splitlines(keepends=True), file_name)
-    scope: dict[str, Any] = {"tl": tl, "__name__": __name__}
-    exec(compile(kernel.source, file_name, "exec"), scope)
+    module = types.ModuleType(__name__)
+    vars(module)["tl"] = tl
+    loader.exec_module(module)
     # A new number of units is no reason to compile again.
-    return triton.jit(scope[kernel.name], do_not_specialize=["n_units"])
+    return triton.jit(getattr(module, kernel.name), do_not_specialize=["n_units"])
 
 
 def book_words(book: CodeBook, n_unit: int, device: torch.device) -> Tensor:
