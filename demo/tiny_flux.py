@@ -26,6 +26,7 @@ STEPS = 8
 PICTURE_SIZE = 128
 
 # A LATENT between nodes is z / scale + shift of what the model sees (comfy/latent_formats.py, Flux).
+LATENT_SCALE = 0.3611
 LATENT_SHIFT = 0.1159
 
 
