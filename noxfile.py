@@ -5,9 +5,11 @@
     nox -s demo            pictures and a table in demo-output/
     nox -s quality         what automatic recipes gain on a tiny Flux; tables and pictures in quality-output/
     nox -s tests           all tests; arguments after -- go to pytest (nox -s tests -- tests/e2e -k picture)
+    nox -s coverage        unit and host tests, and which lines of the pack and its tools none of them ran
     nox -s lint
     nox -s bench           tests/bench/bench_*.py, into tests/bench/results; names after -- (bench_load, prototype_int8)
-                           choose some, other arguments go to those; tests/make_bench_table.py puts results into README
+                           choose some, other arguments go to those; tests/make_bench_table.py puts results into the
+                           READMEs
 
 torch and its libraries are large, so all sessions share one environment, .nox/host-env, which fits the ComfyUI in use.
 It is made once and changed when a requirement changes. The ComfyUI is the one of COMFYUI_PATH, else the one this folder
@@ -38,10 +40,13 @@ INSTALLED = ENVIRONMENT / "installed-requirements.txt"
 TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
 TOOLS = [
     "pytest>=8",
+    "pytest-xdist==3.8.0",
+    "coverage==7.17.3",
     "hypothesis>=6",
     "llvmlite==0.50.0",
     "tqdm",
     "Pillow",
+    "playwright==1.65.2",
     "matplotlib",
     "scikit-image",
     "ruff==0.17.6",
@@ -52,6 +57,10 @@ TOOLS = [
 # zig is one of the compilers that builds are tested with.
 WITHOUT_DEPENDENCIES = ["torchaudio==2.11.0", "libggml-python==0.20.2.post1", "ziglang==0.17.1"]
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")}
+# A file's tests stay in one process (tests/conftest.py). A process takes up to 5 GB, so not all of many cores are used.
+PARALLEL = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile", "--no-loadscope-reorder"]
+LEAST_COVERED = 90  # percent of lines
+NOT_RUNTIME = ("tests", "demo", "noxfile.py", ".nox", ".cache", ".ci")
 TYPED = [
     "errors",
     "layouts",
@@ -145,13 +154,34 @@ def quality(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the whole test suite."""
     python, variables = prepare(session)
-    arguments = session.posargs
-    if not any(argument.startswith("tests") for argument in arguments):
-        arguments = ["tests/unit", "tests/host", "tests/e2e", *arguments]
-    # Without it pytest imports the root's __init__.py, which wants a host.
-    session.run(
-        python, "-m", "pytest", "--confcutdir=tests", *arguments, env={**variables, **ONE_THREAD}, external=True
-    )
+    # The longest first, so that no process is left alone with it at the end.
+    command = pytest_command(session.posargs, ["tests/e2e", "tests/host", "tests/unit"])
+    session.run(python, *command, env={**variables, **ONE_THREAD}, external=True)
+
+
+def pytest_command(arguments: list[str], folders: list[str]) -> list[str]:
+    """pytest with arguments, on all of folders unless the arguments name files; -n 0 among them: in one process."""
+    named = any(argument.startswith("tests") for argument in arguments)
+    # Without --confcutdir pytest imports the root's __init__.py, which wants a host.
+    return ["-m", "pytest", "--confcutdir=tests", *PARALLEL, *([] if named else folders), *arguments]
+
+
+@nox.session(python=False)
+def coverage(session: nox.Session) -> None:
+    """Run unit and host tests, print the lines that none of them ran, and fail under LEAST_COVERED percent."""
+    python, variables = prepare(session)
+    folder = ROOT / ".cache" / "coverage"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    # Whole paths: what the tests start runs in other folders.
+    omitted = ",".join(f"{ROOT / name}{'' if name.endswith('.py') else '/*'}" for name in NOT_RUNTIME)
+    tool = [python, "-m", "coverage"]
+    data = ["--rcfile=tests/coverage.ini", f"--data-file={folder / 'lines'}"]
+    command = pytest_command(session.posargs, ["tests/host", "tests/unit"])
+    measured = [f"--source={ROOT}", f"--omit={omitted}"]
+    session.run(*tool, "run", *data, *measured, *command, env={**variables, **ONE_THREAD}, external=True)
+    session.run(*tool, "combine", "--quiet", *data, external=True)
+    session.run(*tool, "report", *data, f"--omit={omitted}", f"--fail-under={LEAST_COVERED}", external=True)
 
 
 @nox.session(python=False)

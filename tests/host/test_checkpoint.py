@@ -78,7 +78,8 @@ def rewrite(path, change, extra=()):
 @pytest.fixture(scope="module")
 def cache():
     """(kind, layout, whether the VAE is quantized) -> (path, weights): the largest have 30 million weights."""
-    return {}
+    yield {}
+    checkpoint_files.original.cache_clear()
 
 
 @pytest.fixture

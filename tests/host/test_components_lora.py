@@ -159,9 +159,9 @@ def test_the_names_of_factors_are_sought_at_the_end_of_a_key():
     import time
 
     dotted = {"a" + ".b" * 20_000 + ".lora_up": (4, 4)}
-    start = time.monotonic()
+    start = time.process_time()
     assert not components._is_lora({key: torch.zeros(shape) for key, shape in dotted.items()})
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     for up, down in (
         (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
         (".lora_B.default.weight", ".lora_A.default.weight"),
