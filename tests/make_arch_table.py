@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's table of architectures, from their entries and from what was tested with which ComfyUI.
+"""Writes the table of architectures in docs/models.md, from their entries and from what was tested with which ComfyUI.
 
     python tests/make_arch_table.py                         # the table, from tests/data/tested_hosts.txt
     COMFYUI_PATH=... python tests/make_arch_table.py --host  # first what this ComfyUI has, into tested_hosts.txt
@@ -16,10 +16,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from readme_blocks import replace_between
+from readme_blocks import DOCS, replace_between, rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGE = DOCS / "models.md"
 TESTED = ROOT / "tests" / "data" / "tested_hosts.txt"
 BEGIN, END = "<!-- begin of the table of architectures -->", "<!-- end of the table of architectures -->"
 UNKNOWN = "unrecognised model"
@@ -78,7 +78,7 @@ def general_policy() -> str:
 
 
 def replace_block(text: str, table: str) -> str:
-    """A README with the table between its markers."""
+    """The page with the table between its markers."""
     return replace_between(text, BEGIN, END, table)
 
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if parser.parse_args(argv).host:
         version, titles = running_host()
         write_tested({**(read_tested() if TESTED.exists() else {}), version: titles})
-    README.write_text(replace_block(README.read_text(encoding="utf-8"), make_table()), encoding="utf-8")
+    rewrite(PAGE, BEGIN, END, make_table())
     return 0
 
 

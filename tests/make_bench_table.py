@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's tables of speeds from the records of the benchmarks.
+"""Writes the tables of speeds in docs/speed.md and in the READMEs from the records of the benchmarks.
 
     python tests/make_bench_table.py                  # from tests/bench/results/*.json
     nox -s bench && python tests/make_bench_table.py  # on this machine first
 
-Each file of records is one kind of machine. What the README shows of it is a table of dequantization, a line for each
-type, and one of the rest: layers, steps, LoRAs and loading. All figures are in the files of records beside them.
+Each file of records is one kind of machine. docs/speed.md shows a table of dequantization, a line for each type,
+and one of the rest: layers, steps, LoRAs and loading; the READMEs show the latter. All figures are in the files of
+records beside them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from readme_blocks import replace_between
+from readme_blocks import DOCS, READMES, replace_between, rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGE = DOCS / "speed.md"
 RESULTS = ROOT / "tests" / "bench" / "results"
 BEGIN, END = "<!-- begin of the tables of speeds -->", "<!-- end of the tables of speeds -->"
 BASELINES = ("copy", "straight torch", "ggml C", "pack")
@@ -30,7 +31,7 @@ Record = Mapping[str, object]
 
 
 def read_results() -> dict[str, list[Record]]:
-    """Kind of machine -> its records; the prototypes' are not for the README."""
+    """Kind of machine -> its records; the prototypes' are not shown."""
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))}
     return {kind: records for kind, records in found.items() if any("bench_" in each["bench"] for each in records)}
 
@@ -41,8 +42,16 @@ def make_tables(results: Mapping[str, Sequence[Record]]) -> str:
     for kind, records in results.items():
         machine = f"{records[0]['device']}, {records[0]['threads']} threads, torch {records[0]['torch']}"
         tables = [table for table in (dequant_table(records), rest_table(records)) if table]
-        parts += [f"{machine} ([all figures](tests/bench/results/{kind}.md)):", *tables]
+        parts += [f"{machine} ([all figures](../tests/bench/results/{kind}.md)):", *tables]
     return "\n\n".join(parts)
+
+
+def make_short_tables(results: Mapping[str, Sequence[Record]]) -> str:
+    """The second table of each machine, in Markdown."""
+    parts = [
+        (f"{records[0]['device']}, torch {records[0]['torch']}:", rest_table(records)) for records in results.values()
+    ]
+    return "\n\n".join(part for title, table in parts if table for part in (title, table))
 
 
 def pick(records: Sequence[Record], **wanted: object) -> list[Record]:
@@ -146,16 +155,18 @@ def load_lines(records: Sequence[Record]) -> list[str]:
 
 
 def replace_block(text: str, tables: str) -> str:
-    """A README with the tables between its markers."""
+    """A page with the tables between its markers."""
     return replace_between(text, BEGIN, END, tables)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: write the tables into the README."""
+    """Command line: write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
-    text = replace_block(README.read_text(encoding="utf-8"), make_tables(read_results()))
-    README.write_text(text, encoding="utf-8")
+    results = read_results()
+    rewrite(PAGE, BEGIN, END, make_tables(results))
+    for readme in READMES:
+        rewrite(readme, BEGIN, END, make_short_tables(results))
     return 0
 
 

@@ -38,7 +38,7 @@ from hosted import N_DOUBLE, N_SINGLE, flux_shapes
 from measure import Report, digits, make_parser
 from tqdm import tqdm
 
-RECORDED_ROWS = 64
+RECORDED_ROWS = 256
 GOAL_CORES = 8
 GOAL_BPW = 4.5
 BLOCK = re.compile(r"_blocks\.(\d+)\.(.+)\.weight")

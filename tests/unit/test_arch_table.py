@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's table of architectures is the one that the entries and the tested versions of ComfyUI make."""
+"""The page's table of architectures is the one that the entries and the tested versions of ComfyUI make."""
 
 import make_arch_table
 import pytest
 from gguf_kit.models import archs
 
 
-def test_the_table_in_the_readme_is_up_to_date():
-    text = make_arch_table.README.read_text(encoding="utf-8")
+def test_the_table_is_up_to_date():
+    text = make_arch_table.PAGE.read_text(encoding="utf-8")
     table = make_arch_table.make_table()
     assert make_arch_table.replace_block(text, table) == text, "python tests/make_arch_table.py"
     for arch in archs.ARCHS:
@@ -19,6 +19,6 @@ def test_every_tested_model_has_an_entry_and_every_entry_was_tested():
     assert titles == {arch.title for arch in archs.ARCHS if not arch.reject}
 
 
-def test_a_readme_without_the_markers_is_an_error():
+def test_a_page_without_the_markers_is_an_error():
     with pytest.raises(SystemExit, match="has no"):
         make_arch_table.replace_block("# Title", "")

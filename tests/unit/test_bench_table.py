@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's tables of speeds are the ones that the benchmarks' records make."""
+"""The tables of speeds are the ones that the benchmarks' records make."""
 
 import make_bench_table
 import pytest
@@ -16,10 +16,13 @@ def record(bench, name, **fields):
     return {"bench": bench, "name": name, **fields, **TIMING, **MACHINE}
 
 
-def test_the_tables_in_the_readme_are_up_to_date():
-    text = make_bench_table.README.read_text(encoding="utf-8")
-    tables = make_bench_table.make_tables(make_bench_table.read_results())
-    assert make_bench_table.replace_block(text, tables) == text, "python tests/make_bench_table.py"
+def test_the_tables_are_up_to_date():
+    results = make_bench_table.read_results()
+    pages = {make_bench_table.PAGE: make_bench_table.make_tables(results)}
+    pages |= dict.fromkeys(make_bench_table.READMES, make_bench_table.make_short_tables(results))
+    for page, tables in pages.items():
+        text = page.read_text(encoding="utf-8")
+        assert make_bench_table.replace_block(text, tables) == text, "python tests/make_bench_table.py"
 
 
 def test_of_backends_the_fastest_is_shown_and_memory_that_is_there_goes_before_fresh():
@@ -56,6 +59,6 @@ def test_the_rest_has_lines_for_layers_steps_loras_and_loading():
     ]
 
 
-def test_a_readme_without_the_markers_is_an_error():
+def test_a_page_without_the_markers_is_an_error():
     with pytest.raises(SystemExit, match="has no"):
         make_bench_table.replace_block("# Title", "")

@@ -31,6 +31,9 @@ LINES = (
     (("loader", "ops", "host.native", "host.patcher", "host.text_encoders"), ("service",), ("nodes",), ("__init__",)),
     (("host.node_functions", "service"), ("components",), ("nodes_components",), ("nodes",)),
     (("models",), ("folders",), ("nodes_components", "nodes_checkpoint"), ("nodes",)),
+    (("host.prompt_server",), ("host.page",), ("service", "saver"), ("components",)),
+    (("host.prompt_server",), ("host.other_packs", "host.replacements"), ("__init__",)),
+    (("loader", "host.page"), ("node_text",), ("nodes_components", "nodes_checkpoint"), ("nodes",)),
     (("components",), ("checkpoint",), ("nodes_checkpoint",), ("nodes",)),
 )
 KNOW_COMFY = ("nodes", "nodes_save", "nodes_components", "components", "folders", "service", "saver", "ops")
