@@ -16,6 +16,7 @@ from demo.host import get_host
 def boot_host() -> None:
     """Make the host importable, keep it on the CPU, and let 0.3.75 count the heads of a small Flux."""
     sys.path.insert(0, str(get_host()))
+    import utils.json_util  # noqa: F401  as early as in main.py: the host's nodes.py puts comfy/, with a utils.py, first
     from comfy.cli_args import args
 
     args.cpu = True

@@ -228,7 +228,7 @@ def planned(shape, stored_shape=None, name="a.weight", qtype=QType.BF16):
 
 def test_rows_that_are_no_multiple_of_256_have_types_of_small_blocks():
     types = candidate_types(planned((64, 96)))
-    assert {*types} == {QType.IQ4_NL, QType.Q8_0, QType.Q5_0, QType.Q5_1, QType.Q4_0}
+    assert {*types} == {QType.IQ4_NL, QType.Q8_0, QType.Q5_0, QType.Q5_1, QType.Q4_0, QType.Q4_1}
     assert candidate_types(planned((64, 96)), [QType.Q6_K]) == (QType.Q8_0,)
     assert candidate_types(planned((64, 96)), [QType.IQ2_XXS]) == ()
     assert candidate_types(planned((64, COLUMNS))) == DEFAULT_QTYPES
