@@ -57,8 +57,7 @@ TOOLS = [
 # zig is one of the compilers that builds are tested with.
 WITHOUT_DEPENDENCIES = ["torchaudio==2.11.0", "libggml-python==0.20.2.post1", "ziglang==0.17.1"]
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")}
-# A file's tests stay in one process (tests/conftest.py). A process takes up to 5 GB, so not all of many cores are used.
-PARALLEL = ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile", "--no-loadscope-reorder"]
+MOST_WORKERS, WORKER_GB = 4, 6  # a process of tests takes up to 5 GB
 LEAST_COVERED = 90  # percent of lines
 NOT_RUNTIME = ("tests", "demo", "noxfile.py", ".nox", ".cache", ".ci")
 TYPED = [
@@ -74,6 +73,14 @@ TYPED = [
     "tools",
     "demo",
 ]
+
+
+def count_workers() -> int:
+    """Processes that tests run in: one per core as far as memory (where the system tells it) allows."""
+    memory = MOST_WORKERS * WORKER_GB
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 10**9
+    return max(1, min(os.cpu_count() or 1, MOST_WORKERS, memory // WORKER_GB))
 
 
 def find_uv() -> str | None:
@@ -162,8 +169,10 @@ def tests(session: nox.Session) -> None:
 def pytest_command(arguments: list[str], folders: list[str]) -> list[str]:
     """pytest with arguments, on all of folders unless the arguments name files; -n 0 among them: in one process."""
     named = any(argument.startswith("tests") for argument in arguments)
+    # A file's tests stay in one process (tests/conftest.py).
+    parallel = ["-n", str(count_workers()), "--dist", "loadfile", "--no-loadscope-reorder"]
     # Without --confcutdir pytest imports the root's __init__.py, which wants a host.
-    return ["-m", "pytest", "--confcutdir=tests", *PARALLEL, *([] if named else folders), *arguments]
+    return ["-m", "pytest", "--confcutdir=tests", *parallel, *([] if named else folders), *arguments]
 
 
 @nox.session(python=False)
