@@ -181,7 +181,7 @@ def _take(pending: deque[tuple[PlannedTensor, Future[torch.Tensor], bool]]) -> C
 
 
 def chunk_weights(engine: Engine, n_threads: int) -> int:
-    """Weights in a chunk, such that memory does not grow with the number of threads."""
+    """Weights in a chunk: fewer with more threads, down to a least, so that memory does not grow with few of them."""
     if engine.device.type != "cpu":
         return GPU_CHUNK_WEIGHTS
     share = MAX_WEIGHTS_IN_FLIGHT // (CHUNKS_PER_THREAD * n_threads)

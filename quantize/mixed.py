@@ -27,7 +27,7 @@ SWEEPS = 2  # a third changes a few percent of the blocks, and the error by one 
 SHRINKAGE = 0.05
 # Columns are weighed by up to this factor more or less in the encodings that are there to differ from the others.
 STRETCH = 4.0
-MAX_ERRORS = 2**22  # float64 numbers at work at a time in a thread: 32 MB
+MAX_ERRORS = 2**21  # errors that a thread looks at at a time, in float64 and with their squares: 32 MB
 
 
 class Weighed(NamedTuple):
@@ -95,11 +95,11 @@ def choose_blocks(errors: torch.Tensor, inputs: Inputs, block_size: int) -> torc
     Returns:
         int64 (n_rows, n_columns / block_size).
     """
-    if inputs.rows is None:
+    known = inputs.root_mean_rows
+    if known is None:
         raise ValueError("there are no recorded rows")
     n_encodings, _, n_columns = errors.shape
     parts = torch.split(errors, max(1, MAX_ERRORS // (n_encodings * n_columns)), 1)
-    known = inputs.rows.double() / len(inputs.rows) ** 0.5
     mean_squares = inputs.mean_squares.double()
     return torch.cat([_choose_for_rows(part.double(), mean_squares, known, block_size) for part in parts])
 
@@ -117,7 +117,9 @@ def _choose_for_rows(
     n_encodings, n_rows, n_columns = errors.shape
     split = errors.reshape(n_encodings, n_rows, -1, block_size)
     # What a block adds to the mean squared output if columns moved independently.
-    alone = (split.square() * mean_squares.reshape(-1, block_size)).sum(-1)  # (n_encodings, n_rows, n_blocks)
+    squares = split.square().mul_(mean_squares.reshape(-1, block_size))
+    alone = squares.sum(-1)  # (n_encodings, n_rows, n_blocks)
+    del squares
     every = torch.arange(n_rows, device=errors.device)
     start = alone.sum(2).argmin(0)  # (n_rows,)
     picks = start.unsqueeze(1).repeat(1, n_columns // block_size)

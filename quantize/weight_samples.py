@@ -52,6 +52,11 @@ class Inputs:
             return weights.square() @ self.mean_squares.to(weights.dtype)
         return (weights @ self.rows.to(weights.dtype).T).square().mean(1)
 
+    @cached_property
+    def root_mean_rows(self) -> torch.Tensor | None:
+        """float64 (n_rows, n_columns): rows over the root of their number, so that squared products sum up to means."""
+        return None if self.rows is None else self.rows.double() / len(self.rows) ** 0.5
+
     def halves(self) -> tuple[Inputs, Inputs]:
         """The same with every other of the recorded rows, and with those between."""
         rows = self.rows
@@ -60,6 +65,8 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         """The same on a device."""
+        if self.mean_squares.device == device:
+            return self
         return Inputs(self.mean_squares.to(device), None if self.rows is None else self.rows.to(device))
 
 
