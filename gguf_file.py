@@ -2,59 +2,42 @@
 """The GGUF container: a bounded, lazy reader of versions 2 and 3 that hands out tensor bytes without copying them.
 
 A file is hostile input: every count, length, dimension, offset and product is checked against the bytes there are
-before it is used. Opening reads the positions of the key/value pairs and the tensor table; metadata values are decoded
-only when asked for, and no page of tensor data is touched. This module knows no architecture and no way to dequantize.
-Format: ggml/docs/gguf.md; the limits that it does not set are the MAX_ constants below.
+before it is used, single values of the header by gguf_header.py. Opening reads the positions of the key/value pairs and
+the tensor table; metadata values are decoded only when asked for, and no page of tensor data is touched. This module
+knows no architecture and no way to dequantize. Format: ggml/docs/gguf.md; limits that it does not set are the MAX_
+constants here and there.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.constants import GGUFValueType as ValueType
 
 from .errors import BadFile, UnsupportedQtype
+from .gguf_header import HeaderReader, MetadataValue, quote
 from .mapped_file import map_file
 
 SUPPORTED_VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MIN_ALIGNMENT = 8  # also what makes .view() to any dtype safe
 MAX_ALIGNMENT = 2**20
-MAX_HEADER_BYTES = 2**27  # several times the largest vocabulary with its merges; bounds the time an opening takes
 MAX_ENTRIES = 2**15  # key/value pairs or tensors; bounds the memory of their tables
-MAX_STRINGS = 2**21  # in one array; the largest vocabularies have a quarter million, merges twice that
-MAX_ARRAYS = 2**12  # in the whole header, nested ones included; bounds the time an opening takes
 MAX_KEY_BYTES = 65535
 MAX_NAME_BYTES = 1024  # ggml stops at 64; image models exceed that
 MAX_DIMS = 8  # ggml stops at 4; files with native 5-D convolutions exist
-MAX_ARRAY_DEPTH = 4
 
 MIN_PAIR_BYTES = 8 + 1 + 4 + 1  # key length, key, value type, value
 MIN_TENSOR_BYTES = 8 + 1 + 4 + 4 + 8  # name length, name, n_dims, qtype, offset
-
-# struct and numpy agree on these codes.
-SCALAR_CODES: Mapping[ValueType, str] = MappingProxyType({
-    ValueType.UINT8: "B", ValueType.UINT16: "H", ValueType.UINT32: "I", ValueType.UINT64: "Q", ValueType.BOOL: "?",
-    ValueType.INT8: "b", ValueType.INT16: "h", ValueType.INT32: "i", ValueType.INT64: "q",
-    ValueType.FLOAT32: "f", ValueType.FLOAT64: "d",
-})  # fmt: skip
-# Fewest bytes a value of each type takes: a string its length, an array its item type and count.
-MIN_VALUE_BYTES: Mapping[ValueType, int] = MappingProxyType(
-    {kind: struct.calcsize(f"<{code}") for kind, code in SCALAR_CODES.items()}
-    | {ValueType.STRING: 8, ValueType.ARRAY: 12}
-)
 
 # (offset, bytes there, what the file is, what to do) for files that are often met under a .gguf name.
 MISTAKEN_FILES = (
@@ -69,11 +52,6 @@ REMOVED_QTYPES = frozenset({4, 5, 31, 32, 33, 36, 37, 38})
 ORIG_SHAPE_KEY = "comfy.gguf.orig_shape."
 # Beginnings of keys that say what a file is; all other strings were carried along from the model it was made of.
 OWN_KEYS = ("general.", "tokenizer.", "quantize.", "split.", "comfy.gguf.", "GGUF.")
-DAMAGED = "The file is damaged or incomplete; download it again."
-
-_unpack_u64 = struct.Struct("<Q").unpack_from
-
-MetadataValue: TypeAlias = "bool | int | float | str | npt.NDArray[Any] | list[Any]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,150 +73,6 @@ class TensorInfo:
     n_bytes: int
 
 
-class _Reader:
-    """A position in the header that never leaves it; section and name say what is being read when a check fails."""
-
-    def __init__(self, buffer: mmap.mmap, path: str, pos: int = 0, section: str = "the header", name: str = "") -> None:
-        self.buffer = buffer
-        self.path = path
-        self.pos = pos
-        self.section = section
-        self.name = name
-        self.end = min(len(buffer), MAX_HEADER_BYTES)
-        self.n_arrays = 0
-
-    def enter(self, section: str, name: str = "") -> None:
-        self.section, self.name = section, name
-
-    def where(self) -> str:
-        return f"{self.section} {_quote(self.name)}" if self.name else self.section
-
-    def fail(self, problem: str, hint: str = DAMAGED) -> NoReturn:
-        raise BadFile(f"{self.where()} {problem}", path=self.path, subject=self.name or self.section, hint=hint)
-
-    def fail_text(self, error: UnicodeDecodeError) -> NoReturn:
-        self.fail(f"has text that is not UTF-8: {error.object[: error.start + 1][-40:]!r}")
-
-    def take(self, n_bytes: int) -> int:
-        """Step over n_bytes and return the offset where they start."""
-        start = self.pos
-        if n_bytes > self.end - start:
-            if n_bytes <= len(self.buffer) - start:
-                self.fail(f"makes the header longer than {MAX_HEADER_BYTES} bytes, which no model needs")
-            self.fail(f"needs {n_bytes} bytes at offset {start}, but the file ends at {len(self.buffer)}")
-        self.pos = start + n_bytes
-        return start
-
-    def check_count(self, n_items: int, item_bytes: int, what: str) -> None:
-        """Refuse a count whose items could not fit even if each were as small as it can be."""
-        if n_items * item_bytes > self.end - self.pos:
-            self.fail(f"announces {n_items} {what}, more than there is room for")
-
-    def u32(self) -> int:
-        start = self.take(4)
-        return int.from_bytes(self.buffer[start : self.pos], "little")
-
-    def u64(self) -> int:
-        start = self.take(8)
-        return int.from_bytes(self.buffer[start : self.pos], "little")
-
-    def string(self) -> str:
-        return self.text(self.u64())
-
-    def label(self, what: str, max_bytes: int) -> str:
-        """Read a key or tensor name."""
-        n_bytes = self.u64()
-        if not 0 < n_bytes <= max_bytes:
-            self.fail(f"has a {what} of {n_bytes} bytes, expected 1 to {max_bytes}")
-        return self.text(n_bytes)
-
-    def text(self, n_bytes: int) -> str:
-        start = self.take(n_bytes)
-        try:
-            return self.buffer[start : self.pos].decode()
-        except UnicodeDecodeError as error:
-            self.fail_text(error)
-
-    def value_type(self) -> ValueType:
-        code = self.u32()
-        try:
-            return ValueType(code)
-        except ValueError:
-            self.fail(f"has value type {code}, which GGUF does not define")
-
-    def array_header(self, depth: int) -> tuple[ValueType, int]:
-        """Read item type and count of an array, depth arrays deep, and check that the items can fit."""
-        if depth > MAX_ARRAY_DEPTH:
-            self.fail(f"nests arrays more than {MAX_ARRAY_DEPTH} deep")
-        self.n_arrays += 1
-        if self.n_arrays > MAX_ARRAYS:
-            self.fail(f"is one of more than {MAX_ARRAYS} arrays, which no model needs")
-        item_type = self.value_type()
-        n_items = self.u64()
-        self.check_count(n_items, MIN_VALUE_BYTES[item_type], "array items")
-        if item_type is ValueType.STRING and n_items > MAX_STRINGS:
-            self.fail(f"announces {n_items} strings, more than the limit of {MAX_STRINGS}")
-        return item_type, n_items
-
-    def skip_value(self, kind: ValueType, depth: int = 1) -> None:
-        if kind is ValueType.STRING:
-            self.take(self.u64())
-        elif kind is not ValueType.ARRAY:
-            self.take(MIN_VALUE_BYTES[kind])
-        else:
-            item_type, n_items = self.array_header(depth)
-            if item_type is ValueType.STRING:
-                self.skip_strings(n_items)
-            elif item_type is not ValueType.ARRAY:
-                self.take(n_items * MIN_VALUE_BYTES[item_type])
-            else:
-                for _ in range(n_items):
-                    self.skip_value(item_type, depth + 1)
-
-    def skip_strings(self, n_strings: int) -> None:
-        # A vocabulary has a quarter million, so one call each: unpack_from checks the lengths' bounds, take() the end.
-        pos = self.pos
-        try:
-            for _ in range(n_strings):
-                pos += 8 + _unpack_u64(self.buffer, pos)[0]
-        except (struct.error, OverflowError):
-            pos += 8  # the length that lies outside, so that take() reports it
-        self.take(pos - self.pos)
-
-    def strings(self, n_strings: int) -> list[str]:
-        start = self.pos
-        self.skip_strings(n_strings)
-        raw, pos, texts = self.buffer[start : self.pos], 0, []
-        try:
-            for _ in range(n_strings):
-                start = pos + 8
-                pos = start + _unpack_u64(raw, pos)[0]
-                texts.append(raw[start:pos].decode())
-        except UnicodeDecodeError as error:
-            self.fail_text(error)
-        return texts
-
-    def read_value(self, kind: ValueType, depth: int = 1) -> MetadataValue:
-        if kind is ValueType.STRING:
-            return self.string()
-        if kind is not ValueType.ARRAY:
-            value: MetadataValue = self.numbers(SCALAR_CODES[kind], 1).item()
-            return value
-        item_type, n_items = self.array_header(depth)
-        if item_type is ValueType.STRING:
-            return self.strings(n_items)
-        if item_type is not ValueType.ARRAY:
-            return self.numbers(SCALAR_CODES[item_type], n_items)
-        return [self.read_value(item_type, depth + 1) for _ in range(n_items)]
-
-    def numbers(self, code: str, n_items: int) -> npt.NDArray[Any]:
-        """Read numbers into memory of their own, in native byte order."""
-        # Bytes other than 0 and 1 must not become numpy bools unconverted.
-        stored = np.dtype(f"<{code.replace('?', 'B')}")
-        start = self.take(n_items * stored.itemsize)
-        return np.frombuffer(self.buffer, stored, n_items, start).astype(code)
-
-
 class Metadata(Mapping[str, MetadataValue]):
     """The key/value pairs in file order; each look-up decodes the value anew, so keep large ones.
 
@@ -253,7 +87,7 @@ class Metadata(Mapping[str, MetadataValue]):
 
     def __getitem__(self, key: str) -> MetadataValue:
         kind, pos = self._index[key]
-        return _Reader(self._buffer, self._path, pos, "metadata key", key).read_value(kind)
+        return HeaderReader(self._buffer, self._path, pos, "metadata key", key).read_value(kind)
 
     def __contains__(self, key: object) -> bool:  # Mapping's own would decode the value
         return key in self._index
@@ -269,7 +103,7 @@ class Metadata(Mapping[str, MetadataValue]):
         kind, pos = self._index[key]
         if kind is not ValueType.ARRAY:
             return 1
-        return _Reader(self._buffer, self._path, pos, "metadata key", key).array_header(1)[1]
+        return HeaderReader(self._buffer, self._path, pos, "metadata key", key).array_header(1)[1]
 
     def type_of(self, key: str) -> ValueType:
         """Return the stored type, ARRAY for all arrays; needed to write a value back as it was."""
@@ -294,7 +128,7 @@ class GGUFFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._buffer = map_file(self.path)
-        reader = _Reader(self._buffer, self.path)
+        reader = HeaderReader(self._buffer, self.path)
         self.version = _read_version(reader)
         n_tensors = _read_count(reader, MIN_TENSOR_BYTES, "tensors")
         n_pairs = _read_count(reader, MIN_PAIR_BYTES, "key/value pairs")
@@ -325,7 +159,7 @@ class GGUFFile:
         value = self.metadata[key] if self.metadata.n_items(key) <= MAX_DIMS else None
         shape = tuple(value.tolist()) if isinstance(value, np.ndarray) and value.dtype.kind in "iu" else None
         if shape is None or min(shape, default=0) < 0 or max(shape, default=0) > 2**48 or prod(shape) != prod(stored):
-            problem = f"metadata key {_quote(key)} is no shape that holds the {prod(stored)} elements of {stored}"
+            problem = f"metadata key {quote(key)} is no shape that holds the {prod(stored)} elements of {stored}"
             raise BadFile(problem, path=self.path, subject=name, hint="Convert the model again.")
         return shape
 
@@ -341,7 +175,7 @@ class GGUFFile:
         return {key: str(self.metadata[key]) for key in texts if not key.startswith(OWN_KEYS)}
 
 
-def _read_version(reader: _Reader) -> int:
+def _read_version(reader: HeaderReader) -> int:
     """Check the magic and return the version, explaining what other kinds of file are."""
     head = reader.buffer[:64]
     if not head.startswith(b"GGUF"):
@@ -360,7 +194,7 @@ def _read_version(reader: _Reader) -> int:
     reader.fail(f"has GGUF version {version}, expected 2 or 3", hint)
 
 
-def _read_count(reader: _Reader, item_bytes: int, what: str) -> int:
+def _read_count(reader: HeaderReader, item_bytes: int, what: str) -> int:
     n_items = reader.u64()
     reader.check_count(n_items, item_bytes, what)
     if n_items > MAX_ENTRIES:
@@ -368,7 +202,7 @@ def _read_count(reader: _Reader, item_bytes: int, what: str) -> int:
     return n_items
 
 
-def _read_metadata(reader: _Reader, n_pairs: int) -> Metadata:
+def _read_metadata(reader: HeaderReader, n_pairs: int) -> Metadata:
     index: dict[str, tuple[ValueType, int]] = {}
     for i in range(n_pairs):
         reader.enter(f"metadata entry {i + 1} of {n_pairs}")
@@ -382,7 +216,7 @@ def _read_metadata(reader: _Reader, n_pairs: int) -> Metadata:
     return Metadata(reader.buffer, reader.path, index)
 
 
-def _read_alignment(reader: _Reader, metadata: Metadata) -> int:
+def _read_alignment(reader: HeaderReader, metadata: Metadata) -> int:
     key = "general.alignment"
     if key not in metadata:
         return DEFAULT_ALIGNMENT
@@ -396,7 +230,7 @@ def _read_alignment(reader: _Reader, metadata: Metadata) -> int:
     return alignment
 
 
-def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> dict[str, TensorInfo]:
+def _read_tensors(reader: HeaderReader, n_tensors: int, alignment: int) -> dict[str, TensorInfo]:
     relative: dict[str, TensorInfo] = {}
     for i in range(n_tensors):
         reader.enter(f"tensor entry {i + 1} of {n_tensors}")
@@ -408,7 +242,7 @@ def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> dict[str, 
     return {name: replace(info, offset=data_start + info.offset) for name, info in relative.items()}
 
 
-def _read_tensor(reader: _Reader, alignment: int) -> TensorInfo:
+def _read_tensor(reader: HeaderReader, alignment: int) -> TensorInfo:
     """Read one row of the tensor table; its offset is still counted from the start of the data section."""
     name = reader.label("name", MAX_NAME_BYTES)
     reader.enter("tensor", name)
@@ -430,7 +264,7 @@ def _read_tensor(reader: _Reader, alignment: int) -> TensorInfo:
     return TensorInfo(name, qtype, tuple(ne[::-1]), offset, prod(ne) // block_size * type_size)
 
 
-def _read_qtype(reader: _Reader) -> GGMLQuantizationType:
+def _read_qtype(reader: HeaderReader) -> GGMLQuantizationType:
     code = reader.u32()
     if code in GGML_QUANT_SIZES:
         return GGMLQuantizationType(code)
@@ -443,19 +277,14 @@ def _read_qtype(reader: _Reader) -> GGMLQuantizationType:
     raise UnsupportedQtype(problem, path=reader.path, subject=reader.name, hint=hint)
 
 
-def _check_extents(reader: _Reader, tensors: list[TensorInfo]) -> None:
+def _check_extents(reader: HeaderReader, tensors: list[TensorInfo]) -> None:
     """Refuse tensor data that overlaps or lies outside the file."""
     stored = sorted((info for info in tensors if info.n_bytes), key=lambda info: info.offset)
     for before, after in pairwise(stored):
         if before.offset + before.n_bytes > after.offset:
             reader.enter("tensor", after.name)
-            reader.fail(f"starts at {after.offset}, inside tensor {_quote(before.name)}")
+            reader.fail(f"starts at {after.offset}, inside tensor {quote(before.name)}")
     n_missing = stored[-1].offset + stored[-1].n_bytes - len(reader.buffer) if stored else 0
     if n_missing > 0:
         reader.enter("tensor", stored[-1].name)
         reader.fail(f"ends beyond the file, which is {n_missing} bytes short", "Download it again.")
-
-
-def _quote(name: str) -> str:
-    """Quote a name from the file for a message, on one line and not endlessly long."""
-    return repr(name if len(name) <= 100 else f"{name[:97]}...")

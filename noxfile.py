@@ -64,6 +64,7 @@ TYPED = [
     "errors",
     "layouts",
     "mapped_file",
+    "gguf_header",
     "gguf_file",
     "dequant",
     "kernels",

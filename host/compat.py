@@ -4,8 +4,8 @@
 Two representations of a weight, one surface. Where the host's comfy.quant_ops uses comfy_kitchen, a weight is a plain
 comfy_kitchen QuantizedTensor with GGUFLayout, so that the host can page, pin and copy its bytes; on older hosts it is
 GGUFTensor below. Both show the logical shape and a float dtype, and hold the bytes in `_qdata`, uint8 (n_rows,
-row_bytes). Features are detected, versions are never compared. To support a new host, change this file; for layers
-that the host itself quantized native.py, for what it does with files and pinned memory file_bytes.py; nothing else.
+row_bytes). Features are detected, versions are never compared. To support a new host, change this file; native.py for
+layers that the host itself quantized, file_bytes.py for what it does with files and pinned memory.
 """
 
 from __future__ import annotations

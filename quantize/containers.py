@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..dequant import PLAIN_DTYPES
 from ..errors import BadFile, UnsupportedQtype, name_list, plain_text
-from ..gguf_file import DAMAGED, GGUFFile
+from ..gguf_file import GGUFFile
+from ..gguf_header import DAMAGED
 from ..mapped_file import map_file
 from ..models.split_files import open_gguf, paths_of
 

@@ -22,7 +22,8 @@ import torch
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from ..errors import plain_text
-from ..gguf_file import DEFAULT_ALIGNMENT, GGUFFile, MetadataValue, TensorInfo
+from ..gguf_file import DEFAULT_ALIGNMENT, GGUFFile, TensorInfo
+from ..gguf_header import MetadataValue
 from ..kernels.torch_reference import unpack_codes
 from ..layouts import LAYOUTS, NOT_SUPPORTED, Code, Layout
 from ..models import archs, split_files, text_encoders

@@ -14,7 +14,8 @@ import pytest
 from gguf import GGMLQuantizationType as QType
 from gguf_kit import mapped_file
 from gguf_kit.errors import BadFile, GGUFError, UnsupportedQtype
-from gguf_kit.gguf_file import MAX_ENTRIES, MAX_HEADER_BYTES, GGUFFile
+from gguf_kit.gguf_file import MAX_ENTRIES, GGUFFile
+from gguf_kit.gguf_header import MAX_HEADER_BYTES
 
 HUGE = 2**64 - 1
 F32, Q8_0, Q4_K = int(QType.F32), int(QType.Q8_0), int(QType.Q4_K)
