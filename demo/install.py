@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,45 +32,94 @@ MODEL = f"diffusion_models/tiny-flux-{TYPE}.gguf"
 VAE = "vae/tiny-flux-vae.safetensors"
 PROMPTS = "tiny_flux"
 NODES = "gguf-kit-tiny-flux"
+NODE_FILES = tuple(sorted(host.TEST_NODES.glob("*.py")))
 
 
-def installed_paths(comfyui: Path) -> list[Path]:
-    """Every file and folder that is made in a ComfyUI."""
-    models = comfyui / "models"
-    return [models / MODEL, models / VAE, models / PROMPTS, comfyui / "custom_nodes" / NODES]
+def installed_files(comfyui: Path) -> list[Path]:
+    """Every file that is made in a ComfyUI."""
+    models, nodes = comfyui / "models", comfyui / "custom_nodes" / NODES
+    prompts = [models / PROMPTS / file.name for file in tiny_flux.PROMPT_FILES]
+    return [models / MODEL, models / VAE, *prompts, *(nodes / file.name for file in NODE_FILES)]
 
 
-def install(comfyui: Path) -> None:
-    """Make the files, in place of those of an earlier call.
-
-    Raises:
-        HostError: the folder has no models and custom_nodes, or the converter fails.
-    """
-    remove(comfyui)
-    model, vae, prompts, nodes = installed_paths(comfyui)
-    for folder in (model.parent, vae.parent, prompts):
-        folder.mkdir(parents=True, exist_ok=True)
-    if convert.main(["--src", str(tiny_flux.MODEL), "--dst", str(model), "--type", TYPE]):
-        raise host.HostError(f"tools/convert.py could not make {model}.")
-    save_file(vae_tensors(), vae)
-    for file in tiny_flux.PROMPT_FILES:
-        shutil.copyfile(file, prompts / file.name)
-    shutil.copytree(host.TEST_NODES, nodes, ignore=host.NOT_PART_OF_A_COPY)
-
-
-def remove(comfyui: Path) -> None:
-    """Take away what install made, if it is there.
+def own_folders(comfyui: Path) -> list[Path]:
+    """Folders that are made for these files alone.
 
     Raises:
-        HostError: the folder has no models and custom_nodes.
+        HostError: the folder has no models and custom_nodes, or one of these is a link, maybe to files of someone else.
     """
     if not all((comfyui / name).is_dir() for name in ("models", "custom_nodes")):
         raise host.HostError(f"{comfyui} has no folders models and custom_nodes. Name the folder of a ComfyUI.")
-    for path in installed_paths(comfyui):
-        if path.is_dir():
-            shutil.rmtree(path)
+    folders = [comfyui / "models" / PROMPTS, comfyui / "custom_nodes" / NODES]
+    for folder in folders:
+        if folder.is_symlink():
+            raise host.HostError(f"{folder} is a link, which this command never makes. Remove or rename the link.")
+    return folders
+
+
+def install(comfyui: Path) -> Iterator[str]:
+    """Make the files, each in place of one of an earlier call only when it is whole.
+
+    Yields:
+        A line for each file that was made.
+    Raises:
+        HostError: as own_folders; or the converter fails, and an earlier install is as it was.
+    """
+    folders = own_folders(comfyui)
+    model, vae, *copies = installed_files(comfyui)
+    for folder in (model.parent, vae.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    if convert.main(["--src", str(tiny_flux.MODEL), "--dst", str(model), "--type", TYPE, "--overwrite"]):
+        raise host.HostError(f"tools/convert.py could not make {model}.")
+    yield f"made {model}"
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    place(vae, partial(save_file, vae_tensors()))
+    yield f"made {vae}"
+    for source, target in zip((*tiny_flux.PROMPT_FILES, *NODE_FILES), copies, strict=True):
+        place(target, partial(shutil.copyfile, source))
+        yield f"made {target}"
+
+
+def place(target: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written beside its place and put there when it is whole."""
+    unfinished = target.with_name(target.name + ".part")
+    try:
+        write(unfinished)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def remove(comfyui: Path) -> Iterator[str]:
+    """Take away the files that install makes, what Python compiled of them, and their folders if nothing else is there.
+
+    Yields:
+        A line for each file and folder that was there, and one if none was.
+    Raises:
+        HostError: as own_folders.
+    """
+    folders, nothing = own_folders(comfyui), True
+    compiled = folders[-1] / "__pycache__"
+    for file in installed_files(comfyui):
+        if file.is_file() or file.is_symlink():
+            file.unlink()
+            nothing = False
+            yield f"removed {file}"
+    for file in NODE_FILES:
+        for bytecode in compiled.glob(f"{file.stem}.*.pyc"):
+            bytecode.unlink()
+    for folder in (compiled, *folders):
+        if not folder.is_dir():
+            continue
+        nothing = False
+        if any(folder.iterdir()):
+            yield f"kept {folder}, which holds files that this command did not make"
         else:
-            path.unlink(missing_ok=True)
+            folder.rmdir()
+            yield f"removed {folder}"
+    if nothing:
+        yield "nothing was installed there"
 
 
 def vae_tensors() -> dict[str, torch.Tensor]:
@@ -93,12 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = args.comfyui or host.find_host()
         if folder is None:
             raise host.HostError("this pack is not in the custom_nodes of a ComfyUI. Name the folder of one.")
-        (remove if args.remove else install)(folder)
+        for line in (remove if args.remove else install)(folder):
+            print(line)
     except (host.HostError, OSError) as error:
         print(f"install: {error}", file=sys.stderr)
         return 2
-    for path in installed_paths(folder):
-        print(f"{'removed' if args.remove else 'made'} {path}")
     return 0
 
 

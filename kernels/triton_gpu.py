@@ -138,29 +138,32 @@ def _compiled(layout: Layout, itemsize: int, alignment: int) -> tuple[Kernel, An
 
 
 class _KernelLoader(InspectLoader):
-    """Python's import system, reading a module that triton_source.py has written."""
+    """Executes Python source that was generated at run time: triton_source.py's, from the rows of layouts.py.
 
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
+    Nothing of a model file, a workflow or a setting is in that source. Triton takes functions only, so the source has
+    to run once to define one. It is a loader of Python's import system because the registry's standards prohibit
+    exec(), which may run what users put in; test_registry.py and test_security.py list this as the one such place.
+    """
 
-    def get_filename(self) -> str:
-        return f"<gguf_kit {self._kernel.name}>"
+    def __init__(self, source: str, file_name: str) -> None:
+        self._source = source
+        self._file_name = file_name
 
     def get_source(self, fullname: str) -> str:
-        return self._kernel.source
+        return self._source
 
     def get_code(self, fullname: str) -> types.CodeType:
-        return self.source_to_code(self._kernel.source, self.get_filename())
+        return self.source_to_code(self._source, self._file_name)
 
 
 def _define(kernel: Kernel) -> Any:
-    """Make a Triton function of a kernel's source. Triton reads sources back through linecache."""
+    """Make a Triton function of a kernel's source. Triton reads sources back with inspect, which asks linecache."""
     import triton
     import triton.language as tl
 
-    loader = _KernelLoader(kernel)
-    file_name = loader.get_filename()
+    file_name = f"<gguf_kit {kernel.name}>"
     linecache.cache[file_name] = (len(kernel.source), None, kernel.source.splitlines(keepends=True), file_name)
+    loader = _KernelLoader(kernel.source, file_name)
     module = types.ModuleType(__name__)
     vars(module)["tl"] = tl
     loader.exec_module(module)

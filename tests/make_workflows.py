@@ -108,15 +108,23 @@ def groups(prompt: tuple[str, ...], encoder: tuple[str, ...] = (), shift: tuple[
 TINY_NOTE = """# A picture in seconds, on any machine
 
 A Flux of 9 million weights in 6 MB that draws coloured handwritten digits. It shows that the loader works; a GPU is not
-needed. Put its files into this ComfyUI with one command in the pack's folder:
+needed. Put its files into this ComfyUI with one command in the pack's folder, by the Python that ComfyUI runs with:
 
 ```
 python demo/install.py
 ```
 
+In the portable version that is
+
+```
+..\\..\\..\\python_embeded\\python.exe demo\\install.py
+```
+
+No folder *demo* there? What comes from the registry lacks it: clone the repository, or take another template.
+
 Restart ComfyUI, open this template again and press **Run**. Other prompts are in the list of *Tiny Flux Conditioning*.
 
-`python demo/install.py --remove` takes all of it away.
+The same command with `--remove` takes all of it away.
 """
 
 FLUX_NOTE = """# {title}
@@ -163,7 +171,7 @@ def tiny_flux() -> Template:
     """The model that demo/install.py installs."""
     latent = Node("EmptySD3LatentImage", (400, 0), (300, 106), (128, 128, 1))
     nodes = {
-        "note": note(TINY_NOTE, 420),
+        "note": note(TINY_NOTE, 560),
         "model": Node("UnetLoaderGGUF", (0, 0), (340, 110), ("tiny-flux-Q4_K_S.gguf", "none")),
         "vae": Node("VAELoader", (0, 170), (340, 60), ("tiny-flux-vae.safetensors",)),
         "positive": Node("TinyFluxConditioning", (0, 340), (340, 60), ("red 0",)),

@@ -79,7 +79,24 @@ COMFY_KEYS = {
 }
 MODEL_KEYS = {"location", "model_url"}  # of each entry of Models; comfy-cli fails on one that lacks any
 
-# Registry's standards: no exec and eval, no pip from a running node.
+# Registry's standards: no exec and eval, no pip from a running node. And what does the same by another name.
+TEXT_RUNNERS = {"exec", "eval", "compile", "__import__"}
+# FunctionType is none: it takes code that is there already.
+CODE_RUNNERS = {
+    "exec_module",
+    "load_module",
+    "source_to_code",
+    "spec_from_file_location",
+    "spec_from_loader",
+    "module_from_spec",
+    "CodeType",
+    "run_path",
+    "run_module",
+    "runcode",
+    "runsource",
+}
+# Kernels for Triton, made of the pack's own table of formats. CodeType is an annotation there.
+KNOWN_CODE = {"kernels/triton_gpu.py": {"CodeType", "exec_module", "source_to_code"}}
 KNOWN_PIP = {"tools/llama_cpp/compilers.py": "a command line tool's own folder, never the environment; no node runs it"}
 
 
@@ -202,25 +219,25 @@ def test_banner_is_wide() -> None:
     assert width * 9 == height * 21
 
 
-def ignored_folders() -> set[str]:
-    """Top-level names that .comfyignore keeps out of the archive."""
+def ignored_names() -> set[str]:
+    """What .comfyignore keeps out of the archive: top-level names, and paths of single files."""
     lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
     names = [line for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"/[\w.-]+/?", name) for name in names)
+    assert all(re.fullmatch(r"/[\w.-]+/?|/[\w./-]+\.(json|jpg)", name) for name in names)
     return {name.strip("/") for name in names}
 
 
 @functools.cache
 def archived_modules() -> dict[str, ast.Module]:
     """Python files of the archive by their path: everything that is neither ignored nor hidden."""
-    left_out = ignored_folders()
+    left_out = ignored_names()
     tops = [path for path in ROOT.iterdir() if path.name not in left_out and not path.name.startswith(".")]
     files = [file for top in tops for file in (top.rglob("*.py") if top.is_dir() else [top]) if file.suffix == ".py"]
     return {file.relative_to(ROOT).as_posix(): ast.parse(file.read_text(encoding="utf-8")) for file in files}
 
 
 def test_archive_has_the_pack_and_not_its_tests() -> None:
-    left_out = ignored_folders()
+    left_out = ignored_names()
     assert {"tests", "demo", "docs", ".ci", ".github", "noxfile.py"} <= left_out
     assert left_out.isdisjoint({"web", "locales", "example_workflows", "LICENSE", "README.md", "requirements.txt"})
     modules = archived_modules()
@@ -234,9 +251,24 @@ def test_archive_has_the_pack_and_not_its_tests() -> None:
     assert not any(path.startswith(("tests/", "demo/")) for path in modules)
 
 
-def calls_exec(tree: ast.Module) -> bool:
-    names = (node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
-    return not {"exec", "eval"}.isdisjoint(names)
+def test_archive_has_no_template_that_needs_the_demo() -> None:
+    """And each one that is left out is left out with its picture."""
+    templates = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "example_workflows").glob("*.json")}
+    needing = {name for name, path in templates.items() if "demo/install.py" in path.read_text(encoding="utf-8")}
+    pictures = {name.replace(".json", ".jpg") for name in needing}
+    assert {name for name in ignored_names() if "/" in name} == needing | pictures
+    assert needing
+    assert len(templates) > len(needing)
+
+
+def ways_to_run_text(tree: ast.AST) -> set[str]:
+    """Ways to run Python text or code objects that a file has, called or passed on."""
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & TEXT_RUNNERS
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    of_builtins = {node.attr for node in attributes if ast.unparse(node.value) in ("builtins", "__builtins__")}
+    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names}
+    named = {node.attr for node in attributes} | imported
+    return names | (of_builtins & TEXT_RUNNERS) | (named & CODE_RUNNERS)
 
 
 def installs_packages(tree: ast.Module) -> bool:
@@ -248,10 +280,44 @@ def installs_packages(tree: ast.Module) -> bool:
 
 def test_nothing_of_the_archive_executes_text_or_installs_packages_but_what_is_known() -> None:
     modules = archived_modules()
-    assert not [path for path, tree in modules.items() if calls_exec(tree)]
+    assert {path: found for path, tree in modules.items() if (found := ways_to_run_text(tree))} == KNOWN_CODE
     assert {path for path, tree in modules.items() if installs_packages(tree)} == KNOWN_PIP.keys()
-    assert calls_exec(ast.parse("x = [eval('1')]"))
     assert installs_packages(ast.parse("run([python, '-m', 'pip', 'install', 'x'])"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = [eval('1')]",
+        "run = exec",
+        "builtins.exec(text)",
+        "module.__builtins__; __builtins__.eval(text)",
+        "code = compile(text, '', 'exec')",
+        "spec.loader.exec_module(module)",
+        "loader.source_to_code(text, '')",
+        "from importlib.util import spec_from_loader",
+        "types.CodeType(*parts)",
+        "runpy.run_path(path)",
+        "from runpy import run_path",
+        "code.InteractiveInterpreter().runsource(text)",
+    ],
+)
+def test_the_check_sees_code_that_is_run(text: str) -> None:
+    assert ways_to_run_text(ast.parse(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "re.compile(text)",
+        "torch.compile(model)",
+        "model.eval()",
+        "FunctionType(f.__code__, {})",
+        "def exec_module(): pass",
+    ],
+)
+def test_the_check_takes_other_things_of_such_names(text: str) -> None:
+    assert not ways_to_run_text(ast.parse(text))
 
 
 def read_workflow(name: str) -> dict[str, Any]:
