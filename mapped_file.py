@@ -76,9 +76,16 @@ class MappedFile(mmap.mmap):
         written after this look goes unnoticed; reading behind a new end of the file ends the process on most systems.
 
         Raises:
-            BadFile: its size or its time of change is another than when it was mapped.
+            BadFile: its size or its time of change is another than when it was mapped, or it cannot be reached.
         """
-        n_bytes = self.size()  # of what is mapped, whatever lies at the path by now
+        hint = "Run the workflow again to load it anew; replace model files by renaming new ones over them."
+        try:
+            n_bytes = self.size()  # of what is mapped, whatever lies at the path by now
+        except OSError as error:  # a share that is gone, or says that the file is another one by now
+            problem = f"the file cannot be reached while its model is loaded: {error.strerror}"
+            raise BadFile(
+                problem, path=self.path, hint="Check its disk or share, then run the workflow again."
+            ) from error
         try:
             found = _identity_of(os.stat(self.path))
         except OSError:
@@ -87,7 +94,6 @@ class MappedFile(mmap.mmap):
         if is_same and n_bytes == len(self):
             return
         change = "was written to" if n_bytes == len(self) else f"went from {len(self)} to {n_bytes} bytes"
-        hint = "Run the workflow again to load it anew; replace model files by renaming new ones over them."
         raise BadFile(f"the file {change} while its model was loaded", path=self.path, hint=hint)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MappedFile:

@@ -8,7 +8,8 @@
   would become a copy that stays when it is unpinned. The copy is made one weight at a time, where the host pins at all
   and RAM is left; it goes when the weight is loaded or unpinned. Otherwise the weight stays in the map: pin(), unpin().
 - What was read through the map is given back once a model is on its device: release_pages().
-- A file that somebody writes to while it is mapped is noticed before each load and each step: check_files().
+- A file that somebody writes to while it is mapped is noticed before and after each load, and for diffusion models
+  before each step: check_files().
 
 With ComfyUI's --disable-mmap no parameter lies in a map, and none of this applies.
 """

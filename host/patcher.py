@@ -21,6 +21,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
+from ..errors import BadFile
 from .compat import accepted, is_quantized, quantized_modules
 from .file_bytes import check_files, own_copy, pin, release_pages, settle, unpin
 from .kept_factors import ExpectedFactors, drop_factors
@@ -78,7 +79,11 @@ class GGUFPatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_load(self, *args: Any, **kwargs: Any) -> Any:
         """What the host does before a model is used, loaded or not."""
-        check_files(self.model)
+        try:
+            check_files(self.model)
+        except BadFile:
+            self.detach()  # the host does not list it any more, so nothing else would take it off its device
+            raise
         return super().partially_load(*args, **kwargs)
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False) -> float:

@@ -122,6 +122,19 @@ def test_whatever_the_host_loads_is_looked_at(path):
 
 
 @posix_only
+def test_a_model_whose_file_was_written_to_leaves_its_device(path):
+    """The host takes a model off its list before it loads it anew, and would never unload it again."""
+    patcher = tiny.quantized_model(path)
+    comfy.model_management.load_models_gpu([patcher])
+    assert patcher.loaded_size() > 0
+    longer(path)
+    with pytest.raises(BadFile):
+        comfy.model_management.load_models_gpu([patcher])
+    assert patcher.loaded_size() == 0
+    assert patcher.model not in [loaded.real_model() for loaded in comfy.model_management.current_loaded_models]
+
+
+@posix_only
 @pytest.mark.skipif(not DYNAMIC, reason="this host has no dynamic VRAM")
 def test_under_dynamic_vram_a_file_that_is_written_to_is_the_same_error(path, monkeypatch):
     import fake_vram

@@ -2,6 +2,7 @@
 """Tensors over a mapped file tell where their bytes lie, and the map gives back what was read of it."""
 
 import copy
+import errno
 import gc
 import os
 import sys
@@ -110,6 +111,17 @@ def test_a_file_that_was_written_to_is_refused(mapped: MappedFile, change: Calla
     mapped.check_unchanged()
     change(Path(mapped.path))
     with pytest.raises(BadFile, match=rf"^file: the file {said} while its model was loaded\. Run the workflow again"):
+        mapped.check_unchanged()
+
+
+def test_a_file_that_its_disk_no_longer_gives_is_refused(mapped: MappedFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: MappedFile) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(MappedFile, "size", fail)
+    with pytest.raises(
+        BadFile, match=r"^file: the file cannot be reached .* loaded: Stale file handle\. Check its disk"
+    ):
         mapped.check_unchanged()
 
 
