@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from .prompt_server import running_server
 
@@ -19,7 +20,8 @@ _CLIP_3 = tuple((f"clip_name{i}", f"clip_name{i}") for i in (1, 2, 3))
 _CLIP_4 = (*_CLIP_3, ("clip_name4", "clip_name4"))
 
 # Id of another pack's node -> id of ours and pairs of inputs (theirs, ours), in the order of their widgets. Optional
-# inputs that came later are not in it: the host fails on prompts that lack an input which a pair names.
+# inputs that came later are not in it: the host fails on prompts that lack an input which a pair names. It fails on
+# nodes without "_meta" as well, which scripts leave out: see _with_meta().
 REPLACEMENTS: Mapping[str, tuple[str, tuple[tuple[str, str], ...]]] = MappingProxyType(
     {
         # calcuis/gguf
@@ -45,11 +47,13 @@ REPLACEMENTS: Mapping[str, tuple[str, tuple[tuple[str, str], ...]]] = MappingPro
 
 def offer_replacements() -> None:
     """Register them with the host, if it has node replacement."""
-    manager = getattr(running_server(), "node_replace_manager", None)
-    if manager is None:
+    server = running_server()
+    manager = getattr(server, "node_replace_manager", None)
+    if server is None or manager is None:
         return
     from comfy_api.latest import io  # only in hosts that have it
 
+    server.add_on_prompt_handler(_with_meta)
     for old_id, (new_id, pairs) in REPLACEMENTS.items():
         manager.register(
             io.NodeReplace(
@@ -60,3 +64,12 @@ def offer_replacements() -> None:
                 output_mapping=[{"new_idx": 0, "old_idx": 0}],
             )
         )
+
+
+def _with_meta(request: dict[str, Any]) -> dict[str, Any]:
+    """A request to run a prompt in which every node that may be replaced has the "_meta" that the host copies."""
+    prompt = request.get("prompt")
+    for node in prompt.values() if isinstance(prompt, dict) else ():
+        if isinstance(node, dict) and node.get("class_type") in REPLACEMENTS:
+            node.setdefault("_meta", {})
+    return request

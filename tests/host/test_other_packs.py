@@ -158,10 +158,12 @@ needs_manager = pytest.mark.skipif(not MANAGER.is_file(), reason="this ComfyUI h
 def manager(monkeypatch):
     """The host's own, with ours registered, in a host that has our nodes."""
     found = importlib.import_module("app.node_replace_manager").NodeReplaceManager()
-    server = types.SimpleNamespace(node_replace_manager=found)
+    handlers = []
+    server = types.SimpleNamespace(node_replace_manager=found, add_on_prompt_handler=handlers.append)
     monkeypatch.setattr(replacements, "running_server", lambda: server)
     monkeypatch.setattr(other_packs.host_nodes, "NODE_CLASS_MAPPINGS", dict(nodes.NODE_CLASS_MAPPINGS))
     replacements.offer_replacements()
+    (found.on_prompt,) = handlers
     return found
 
 
@@ -193,6 +195,17 @@ def test_the_host_puts_our_node_in_place_of_a_missing_one(manager, old_id):
     assert prompt["1"]["class_type"] == new_id
     assert prompt["1"]["inputs"] == {ours: f"<{theirs}>" for theirs, ours in pairs}
     assert prompt["2"]["inputs"] == {"model": ["1", 0]}
+
+
+@needs_manager
+def test_a_prompt_of_a_script_without_titles_is_replaced_as_well(manager):
+    prompt = {"1": old_node("LoaderGGUF"), "2": {"class_type": "Unknown", "inputs": {}}, "3": None}
+    del prompt["1"]["_meta"]
+    request = manager.on_prompt({"prompt": prompt})
+    assert request == {"prompt": prompt}
+    assert "_meta" not in prompt["2"]
+    manager.apply_replacements({"1": prompt["1"], "2": prompt["2"]})
+    assert manager.on_prompt({"client_id": "a page"}) == {"client_id": "a page"}
 
 
 @needs_manager
