@@ -24,7 +24,7 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
-from .dequant import PLAIN_DTYPES
+from .dequant import PLAIN_NAMES
 from .errors import UnsupportedArch
 from .host.compat import accepted, host_version, is_quantized, wrap
 from .host.layer import QuantizedLayer
@@ -46,7 +46,6 @@ log = logging.getLogger("gguf_kit")
 Tensors = dict[str, torch.Tensor]
 T = TypeVar("T")
 
-_PLAIN_NAMES = frozenset(qtype.name for qtype in PLAIN_DTYPES)
 # Host's parameters with other keys in older files, which torch itself renames as it loads them.
 _RENAMED_BY_TORCH = ".parametrizations."
 # Parameters that files may lack: hosts fill them themselves (Stable Cascade), or use them only in training (DINO).
@@ -75,7 +74,7 @@ def to_floats(values: StateDict, dtype: torch.dtype = torch.float32, *, own_memo
 
 def _say_dequantized(info: LoadInfo, what: str) -> None:
     """Tell, once a load, that a quantized file saves disk space here and no memory."""
-    if {*info.qtypes} - _PLAIN_NAMES:
+    if {*info.qtypes} - PLAIN_NAMES:
         name = os.path.basename(info.path)
         log.info("%s: ComfyUI takes no quantized %s, so its weights were dequantized as they were read", name, what)
 

@@ -43,6 +43,7 @@ PLAIN_DTYPES: Mapping[GGMLQuantizationType, torch.dtype] = MappingProxyType(
         GGMLQuantizationType.I64: torch.int64,
     }
 )
+PLAIN_NAMES = frozenset(qtype.name for qtype in PLAIN_DTYPES)
 
 
 logger = logging.getLogger("gguf_kit")

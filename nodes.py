@@ -93,10 +93,10 @@ class UnetLoaderGGUF:
             patch_dtype="target" if patch_dtype == "target" else _DTYPES.get(patch_dtype or "default"),
             patch_on_device=bool(patch_on_device),
         )
-        extra = existing_file("unet_gguf", extra_name) if extra_name and extra_name != NONE else None
         dtype = _DTYPES.get(compute_dtype or "default")
         keep_bytes = (keep_dequantized_mb or 0) << 20
         with described():
+            extra = existing_file("unet_gguf", extra_name) if extra_name and extra_name != NONE else None
             return (load_model(existing_file("unet_gguf", unet_name), options, extra, dtype, keep_bytes),)
 
 
@@ -220,10 +220,10 @@ class CLIPLoaderGGUF:
         if values:
             order = [*self._file_inputs(), *given]
             return self.load_clip(**{**given, **dict(zip(order, values, strict=False))})
-        paths = tuple(_existing_path(names[key]) for key in self._file_inputs())
-        vision = vision_name if vision_name in VISION_CHOICES else _existing_path(vision_name)
-        type = type or FIXED_TYPES.get(self.N_FILES, clip_types(self.N_FILES))[0]
-        with described():
+        with described() as loaded:
+            paths = tuple(_existing_path(names[key]) for key in self._file_inputs())
+            loaded.by_host.extend(path for path in paths if not path.lower().endswith(".gguf"))
+            vision = vision_name if vision_name in VISION_CHOICES else _existing_path(vision_name)
             return (load_clip(paths, type, device, vision),)
 
 

@@ -19,6 +19,7 @@ from .components import (
     load_vae,
 )
 from .folders import existing_file, file_state, find_file, list_files
+from .loader import LoadInfo
 from .node_text import described
 
 _ALIASES = ("gguf", "gguf loader", "quant", "quantized")
@@ -111,7 +112,7 @@ class LoraLoaderGGUF(_FileNode):
     KEY, INPUT, FOLDERS = "lora_gguf", "lora_name", "models/loras"
 
     def __init__(self) -> None:
-        self._loaded: tuple[tuple[str, str], Any] | None = None
+        self._loaded: tuple[tuple[str, str], Any, tuple[LoadInfo, ...]] | None = None
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
@@ -147,14 +148,16 @@ class LoraLoaderGGUF(_FileNode):
         strength_clip: float = 1.0,
     ) -> tuple[Any, ...]:
         """Inputs in the order of the host's loader."""
-        if strength_model == 0 and (strength_clip == 0 or clip is None):
-            return model, clip
-        path = self._path(lora_name)
-        file = (path, file_state(path))
-        if self._loaded is None or self._loaded[0] != file:
-            self._loaded = None  # the last one's memory is free before the next is read
-            with described():
-                self._loaded = (file, load_lora(path))
+        with described() as loaded:
+            if strength_model == 0 and (strength_clip == 0 or clip is None):
+                return model, clip
+            path = self._path(lora_name)
+            file = (path, file_state(path))
+            if self._loaded is None or self._loaded[0] != file:
+                self._loaded = None  # the last one's memory is free before the next is read
+                lora = load_lora(path)
+                self._loaded = (file, lora, tuple(loaded.infos))
+            loaded.infos[:] = self._loaded[2]
         return apply_lora(self._loaded[1], model, clip, strength_model, strength_clip)
 
 

@@ -244,7 +244,7 @@ def load_clip(
     """Text encoders from GGUF and safetensors files, in the order of the node's inputs, as the host's CLIP.
 
     Args:
-        type_name: of clip_types(), or "auto".
+        type_name: of clip_types(), or "auto"; empty: the first of them.
         device: "default" or "cpu".
         vision: path of the vision part (mmproj) of a GGUF encoder; "auto": looked for beside it; "none": text only.
 
@@ -372,7 +372,7 @@ def _clip_type(
 ) -> Any:
     """The host's CLIPType for a type, which must fit what the host detects in the files."""
     # Packs that wrap the nodes hand on a type of their own where the nodes have no such input.
-    type_name = FIXED_TYPES.get(len(paths), (type_name,))[0]
+    type_name = FIXED_TYPES.get(len(paths), (type_name or clip_types(len(paths))[0],))[0]
     names = [text_encoders.detect(state) for state in states]
     for path, name, info in zip(paths, names, infos, strict=True):
         families = ENCODERS[name].families if name in ENCODERS else ()
@@ -385,7 +385,7 @@ def _clip_type(
         names = ["T5_XXL" if name in ("T5_BASE", "T5_XL") else name for name in names]
         chosen = resolve(type_name, names, clip_types(len(names)))[0] if {*names} <= {*ENCODERS} else ""
     if not chosen:
-        hint = "Choose another type or another encoder."
+        hint = "Choose another encoder." if len(paths) in FIXED_TYPES else "Choose another type or another encoder."
         mismatch = UnsupportedArch(problem, path=_first_gguf(paths), hint=hint)
         # Of safetensors alone, and where the host knows more than the table, the host decides.
         if type_name == AUTO or (any(infos) and not text_encoders.newer_than_table()):

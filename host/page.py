@@ -28,6 +28,8 @@ def progress(total: int) -> Callable[[int], None]:
 
     Raises (by that call): the host's exception for a prompt that was cancelled.
     """
+    if get_executing_context() is None:
+        return lambda done: None  # the host would send it to every page
     bar = comfy.utils.ProgressBar(total)
 
     def advance(done: int) -> None:

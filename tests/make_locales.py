@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes locales/en from the nodes themselves: COMFYUI_PATH=FOLDER python tests/make_locales.py
+"""Writes what the page has in English as made files: COMFYUI_PATH=FOLDER python tests/make_locales.py
 
-locales/zh is written by hand. tests/host/test_node_page.py compares both with the nodes.
+locales/en comes from the nodes themselves, and the help pages for users of all other languages from the English ones.
+locales/zh and web/docs/NODE/LANGUAGE.md are written by hand. tests/host/test_node_page.py compares all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCALES = ROOT / "locales"
+LOCALES, DOCS = ROOT / "locales", ROOT / "web" / "docs"
 
 
 def node_defs(classes: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]:
@@ -40,6 +41,14 @@ def write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def fallback_page(docs: Path, name: str) -> tuple[Path, bytes]:
+    """Where the frontend looks for a node's help if there is none in the user's language, and the English page.
+
+    Its links are relative to the same folder. Source: ComfyUI_frontend src/services/nodeHelpService.ts.
+    """
+    return docs / f"{name}.md", (docs / name / "en.md").read_bytes()
+
+
 def main() -> None:
     sys.path.insert(0, str(ROOT / "tests" / "host"))
     sys.path += [str(ROOT / "tools"), str(ROOT)]  # behind the host's folder, which has a nodes.py of its own
@@ -49,6 +58,9 @@ def main() -> None:
 
     write(LOCALES / "en" / "main.json", {"nodeCategories": {"gguf": "GGUF"}})
     write(LOCALES / "en" / "nodeDefs.json", node_defs(nodes.NODE_CLASS_MAPPINGS, nodes.NODE_DISPLAY_NAME_MAPPINGS))
+    for name in nodes.NODE_CLASS_MAPPINGS:
+        path, content = fallback_page(DOCS, name)
+        path.write_bytes(content)
 
 
 if __name__ == "__main__":
