@@ -197,13 +197,14 @@ def test_a_wrapped_clip_loader_encodes(current, model_file, t5_base, monkeypatch
 @pytest.mark.parametrize("cls", CLIP_LOADERS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("how", ["direct", "with a device", "indirect"])
 def test_every_clip_loader_gets_files_and_type_from_a_wrapper(current, model_file, monkeypatch, cls, how):
-    """Loaders of three and four files are called with the type that the wrapper has as its default."""
+    """Loaders of three and four files have no type; they hand on what the wrapper has as its default, if anything."""
     calls = []
     monkeypatch.setattr(nodes, "_existing_path", lambda name: name)
     monkeypatch.setattr(nodes, "load_clip", lambda *args: calls.append(args))
     names = ["clip_name"] if cls.N_FILES == 1 else [f"clip_name{i + 1}" for i in range(cls.N_FILES)]
     values = {name: f"{name}.gguf" for name in names}
-    kind = {1: "wan", 2: "flux", 3: "sd3", 4: "hidream"}[cls.N_FILES]
+    handed_on = {3: "sd3", 4: "stable_diffusion"} if how == "indirect" else {}
+    kind = {1: "wan", 2: "flux", **handed_on}.get(cls.N_FILES, "")
     if cls.N_FILES < 3:
         values["type"] = kind
     if how == "indirect":
@@ -215,7 +216,7 @@ def test_every_clip_loader_gets_files_and_type_from_a_wrapper(current, model_fil
         call(node, **values, device="cuda:0")
     ((paths, type_name, device, vision),) = calls
     assert (paths, device, vision) == (tuple(f"{name}.gguf" for name in names), "default", "auto")
-    assert type_name == (kind if how != "indirect" or cls.N_FILES < 4 else "stable_diffusion")
+    assert type_name == kind
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def noted(monkeypatch):
 
     def note_clip(paths, type_name, device, vision):
         names = [os.path.basename(path) for path in paths]
+        type_name = type_name or nodes.clip_types(len(names))[0]  # as load_clip() does
         clips.append((names, type_name))
         assert (device, vision) == ("default", "auto")
         if names == [T5_BASE]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from comfy_execution.utils import CurrentNodeContext
 from gguf import GGMLQuantizationType as QType
 from gguf_kit import nodes_save, saver
 from gguf_kit.dequant import PLAIN_DTYPES
@@ -350,11 +351,12 @@ def gguf_with_config(source, path):
 def test_progress_is_shown_and_a_cancelled_prompt_leaves_nothing(tiny_flux, output, monkeypatch):
     patcher, seen = tiny.quantized_model(tiny_flux("Q2_K")), []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
-    save(patcher)
+    with CurrentNodeContext("a prompt", "7"):
+        save(patcher)
     assert seen[-1][0] == seen[-1][1] > 0
 
     comfy.model_management.interrupt_current_processing()
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
+    with CurrentNodeContext("a prompt", "7"), pytest.raises(comfy.model_management.InterruptProcessingException):
         nodes_save.SaveGGUF().save(patcher, "diffusion_models/other", "Q8_0")
     assert [os.path.basename(name) for name in tiny_files()] == ["test-Q8_0_00001_.gguf"]
 

@@ -30,8 +30,13 @@ def quantized_model(path, **options):
 
 
 def float_model(path):
-    """Patcher of the host over the dequantized weights, in float32."""
-    return comfy.sd.load_diffusion_model_state_dict(float_weights(path), model_options={"dtype": torch.float32})
+    """Patcher of the host over the dequantized weights, in float32, which need no gradients as those of the pack.
+
+    torch puts other kernels to some products of weights that need gradients, and with some CPUs they round differently.
+    """
+    patcher = comfy.sd.load_diffusion_model_state_dict(float_weights(path), model_options={"dtype": torch.float32})
+    patcher.model.requires_grad_(False)
+    return patcher
 
 
 def copy_file(source, path, keep=lambda name: True, extra=None, tag="flux", prefix=""):
