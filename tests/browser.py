@@ -51,6 +51,7 @@ _SHOWN = """() => {
     return image?.complete && image.naturalWidth > 0;
 }"""
 _HAS_WIDTH = "([image, width]) => !image.src.includes('default-template') && image.naturalWidth === width"
+_TAKES_TEXT = "() => document.activeElement?.matches('input, textarea')"
 _NAMES = "items => items.map(item => item.innerText.trim().split('\\n')[0].trim())"
 _SELECT = "type => window.app.canvas.selectNode(window.app.graph._nodes.find(node => node.type === type))"
 _SET_WIDGET = """([type, name, value]) => {
@@ -152,6 +153,7 @@ class ComfyPage:
         for closing in self.page.locator(DIALOGS).all():  # a click while one fades would go to it
             closing.wait_for(state="hidden")
         self.page.mouse.dblclick(*EMPTY_SPOT)
+        self.page.wait_for_function(_TAKES_TEXT)  # keys that come before it go to the graph
         self.page.keyboard.type(text)
         options = self.page.get_by_role("option")
         try:
