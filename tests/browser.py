@@ -37,7 +37,7 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "C
 TINY_TEMPLATE = "GGUF-tiny-Flux-runs-as-it-is"
 START_MS = 180_000
 STEP_MS = 30_000
-EMPTY_SPOT = (640, 740)  # of the canvas, below the nodes of every template
+EMPTY_SPOT = (300, 740)  # of the canvas, below the nodes of every template and of the workflow that opens first
 DIALOGS = ".p-dialog-mask, [data-testid='dialog-overlay']"
 
 _READY = "() => window.LiteGraph?.registered_node_types['UnetLoaderGGUF'] && window.app?.graph"
