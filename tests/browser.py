@@ -37,6 +37,7 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "C
 TINY_TEMPLATE = "GGUF-tiny-Flux-runs-as-it-is"
 START_MS = 180_000
 STEP_MS = 30_000
+TRY_MS = 3_000
 EMPTY_SPOT = (300, 740)  # of the canvas, below the nodes of every template and of the workflow that opens first
 DIALOGS = ".p-dialog-mask, [data-testid='dialog-overlay']"
 
@@ -152,16 +153,28 @@ class ComfyPage:
         self.close_dialogs()
         for closing in self.page.locator(DIALOGS).all():  # a click while one fades would go to it
             closing.wait_for(state="hidden")
-        self.page.mouse.dblclick(*EMPTY_SPOT)
-        self.page.wait_for_function(_TAKES_TEXT)  # keys that come before it go to the graph
-        self.page.keyboard.type(text)
         options = self.page.get_by_role("option")
         try:
+            self._open_search()
+            self.page.keyboard.type(text)
             options.filter(has_text=wanted).first.wait_for()
         except NotInTime:
             pass  # the caller sees by the names that it is not there
         names: list[str] = options.evaluate_all(_NAMES)
         return names
+
+    def _open_search(self) -> None:
+        """Double-click until it takes text: keys that come before go to the graph, as clicks do while one is opened."""
+        from playwright.sync_api import TimeoutError as NotInTime
+
+        for _ in range(STEP_MS // TRY_MS):
+            self.page.mouse.dblclick(*EMPTY_SPOT)
+            try:
+                self.page.wait_for_function(_TAKES_TEXT, timeout=TRY_MS)
+                return
+            except NotInTime:
+                continue
+        raise NotInTime("the search does not open")
 
     def read_help(self, node_type: str) -> str:
         """Text of a node's help page, opened by the button over the selected node."""
