@@ -19,7 +19,9 @@ def run(tool, *arguments):
 
 
 def load(path):
-    return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+    patcher = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+    patcher.model.requires_grad_(False)  # see tiny.float_model
+    return patcher
 
 
 @pytest.mark.parametrize("type_name", ["BF16", "Q4_K_S"])
