@@ -6,6 +6,7 @@ Also which files it must not write over: those that it reads.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -71,9 +72,13 @@ def _stop(number: int, _frame: object) -> NoReturn:
 
 
 def run_command(prog: str, command: Callable[[], int]) -> int:
-    """The exit code of a command: its own, 2 with one line where it refuses, 128 + the signal that stopped it."""
+    """The exit code of a command: its own, 2 with one line where it refuses.
+
+    A signal ends the process here, with 128 + its number, when all is cleaned up.
+    """
     for number in SIGNALS:
         signal.signal(number, _stop)  # so that unfinished files are removed
+    stopped_by = 0
     try:
         return command()
     except GGUFError as error:
@@ -83,10 +88,15 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
     except MemoryError:
         message = "there is not enough memory. Close other programs."
     except Stopped as stopped:
-        say(f"{prog}: stopped; nothing was written")
-        return 128 + int(stopped.args[0])
+        message, stopped_by = "stopped; nothing was written", int(stopped.args[0])
     finally:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
     say(f"{prog}: {message}")
+    if stopped_by:
+        # A thread that was being started when the signal came is in no pool's list, so nothing waits for it; torch
+        # aborts the process if the interpreter ends beneath such a thread.
+        with contextlib.suppress(OSError):  # its terminal may be gone
+            sys.stdout.flush()
+        os._exit(128 + stopped_by)
     return 2

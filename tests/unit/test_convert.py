@@ -433,7 +433,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_name_and_the_next_says_what
     said = process.communicate()[1].decode()
     assert "unfinished files of earlier runs" in said
     assert "stopped; nothing was written" in said
-    assert process.returncode == 128 + signal.SIGHUP
+    assert process.returncode == 128 + signal.SIGHUP, said
     assert len(list(folder.glob("*.part"))) == 2  # its own is gone
     assert not list(folder.glob("*.gguf"))
 
